@@ -1,0 +1,142 @@
+"""The optimizer owns its step: one interface for gradients, zeroth order, and what comes next.
+
+A method is one file in this folder with one class marked `@register("name")`; the command line,
+the training loop and the conformance tests find it in `METHODS`. See `Optimizer` for what the class
+must provide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tinyft.errors import InputError
+
+METHODS: dict[str, type[Optimizer]] = {}
+_C = TypeVar("_C", bound="type[Optimizer]")
+
+
+class ExpandableBatch(Protocol):
+    """What a method may ask of a batch: to be repeated (zeroth order) or split (accumulation)."""
+
+    copies: int
+
+    @property
+    def size(self) -> int: ...
+
+    def repeat(self, copies: int) -> ExpandableBatch: ...
+
+    def split(self, parts: int) -> list[ExpandableBatch]: ...
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a method that has none of its own."""
+
+
+def register(name: str) -> Callable[[_C], _C]:
+    """Class decorator: make a method known to the command line, the loop and the tests."""
+
+    def decorate(cls: _C) -> _C:
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def option_help(options: type) -> dict[str, tuple[Any, Any, str]]:
+    """`{field: (type, default, help)}` of an options dataclass, for deriving flags."""
+    return {
+        f.name: (f.type, None if f.default is MISSING else f.default, f.metadata.get("help", ""))
+        for f in fields(options)
+    }
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A fine-tuning method as a `torch.optim.Optimizer` that owns its whole step.
+
+    Subclasses set `Options` (a frozen dataclass whose fields carry `metadata={"help": ...}` and
+    become command-line flags), and `default_lr`, and implement `step`. `param_groups` and
+    `state_dict` work as in torch, so learning-rate schedulers and trainers do too.
+
+    Class attributes:
+        name: set by `register`.
+        Options: the method's own options.
+        needs: the trainable set that the method insists on (`"all"`, `"lora"`), or None when the
+            user may choose (`--trainable`).
+        default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`.
+        uses_gradients: False for zeroth-order methods (the loop then runs without autograd).
+        log_is_artefact: True when `log_name` in the output folder replays into the weights.
+    """
+
+    name: ClassVar[str] = ""
+    Options: ClassVar[type] = NoOptions
+    needs: ClassVar[str | None] = None
+    default_lr: ClassVar[Mapping[str, float]] = {"all": 2e-5, "lora": 2e-4}
+    uses_gradients: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[..., Tensor] | None = None,
+        batch: ExpandableBatch | Any = None,
+    ) -> Tensor:
+        """Take one optimizer step and return the loss before it, a detached float32 scalar.
+
+        Args:
+            closure: without `batch`, `closure()` returns the scalar loss (torch.optim's own
+                convention, but nobody calls `backward`: the method does what it needs). With
+                `batch`, `closure(batch)` returns one loss per example, shape `(B,)`, whose mean is
+                the loss; the method may then repeat or split the batch.
+            batch: a `tinyft.data.Batch`, or a dict or tuple of tensors with examples along dim 0.
+        """
+        raise NotImplementedError
+
+    # What the training loop calls around the steps. Defaults suit most methods.
+
+    @classmethod
+    def attach(cls, model: nn.Module, config: Any) -> Optimizer:
+        """Build the optimizer from a resolved `TrainConfig`: operate on the model (reversibly),
+        choose the parameters, return `self`. `config.options` is an instance of `Options`."""
+        raise NotImplementedError
+
+    def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
+        """Write the result into `directory` (an adapter, a model); returns its kind:
+        `"model"`, `"adapter"` or `"seed_log"`."""
+        raise NotImplementedError
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything besides the trainable parameters that a bit-exact resume needs, flat."""
+        raise NotImplementedError
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_tensors`, before the first step after a resume."""
+        raise NotImplementedError
+
+
+def call_per_example(closure: Callable[..., Tensor], batch: Any) -> Tensor:
+    """`closure(batch)` with its contract checked: float losses of shape `(B,)` or a scalar."""
+    losses = closure(batch)
+    if not isinstance(losses, Tensor) or losses.dim() > 1:
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(
+            f"The objective must return one loss per example, shape (B,), or a scalar; it returned "
+            f"{found}. Reduce over tokens inside the objective."
+        )
+    return losses
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raise before a NaN or infinite loss can reach the weights."""
+    if not bool(torch.isfinite(loss).all()):
+        raise InputError(
+            f"The loss at step {step} is {float(loss.mean()):g}. Nothing was updated by this step "
+            f"and what was saved before it is intact. Lower --lr, use --dtype float32 or "
+            f"bfloat16, or look for empty or broken rows in the data."
+        )
