@@ -72,7 +72,8 @@ class Optimizer(torch.optim.Optimizer):
             user may choose (`--trainable`).
         default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`.
         uses_gradients: False for zeroth-order methods (the loop then runs without autograd).
-        log_is_artefact: True when `log_name` in the output folder replays into the weights.
+        keeps_log: True when the method appends each step to a log that replays into the weights:
+            the log is then checkpoint and artefact in one, and `open_log` is called before step 0.
     """
 
     name: ClassVar[str] = ""
@@ -80,6 +81,7 @@ class Optimizer(torch.optim.Optimizer):
     needs: ClassVar[str | None] = None
     default_lr: ClassVar[Mapping[str, float]] = {"all": 2e-5, "lora": 2e-4}
     uses_gradients: ClassVar[bool] = True
+    keeps_log: ClassVar[bool] = False
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -113,6 +115,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything besides the trainable parameters that a bit-exact resume needs, flat."""
+        raise NotImplementedError
+
+    def open_log(self, path: Path, *, resume: bool) -> int:
+        """For `keeps_log` methods: start (or, to resume, replay) the log; returns steps replayed."""
         raise NotImplementedError
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
