@@ -7,6 +7,6 @@ transformers imports; hence the mapping, and hence no `__init__.py` directly in 
 from setuptools import setup
 
 setup(
-    packages=["tinyft", "tinyft.optim", "tinyft.kernels"],
+    packages=["tinyft", "tinyft.optim", "tinyft.zeroth", "tinyft.kernels"],
     package_dir={"tinyft.kernels": "kernels"},
 )
