@@ -1,0 +1,414 @@
+"""Model references -> model and tokenizer, and back to a plain folder.
+
+A reference is a built-in name (`smollm2-135m`), a hub id (`owner/name`), a folder of safetensors, a
+GGUF file, a folder with an adapter in PEFT's format, or an output folder of TinyFT. Everything goes
+through transformers' own classes; nothing here knows an architecture. Code from a repository is
+never run and pickles are never opened.
+
+Memory: weights in their stored dtype stay views of the memory-mapped file (no copy; pages are
+copied one by one when an optimizer writes to them); a cast or a packed base drops the mapping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
+from tinyft.errors import InputError
+from tinyft.packing import pack
+from tinyft.references import Source, explained, locate, quiet
+
+SEED_LOG = "steps.seedlog"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TOKENIZER_FILES = re.compile(r"(tokenizer\.|tokenizer_config|vocab|merges|spiece|sentencepiece)")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, its tokenizer, and how to get the same again.
+
+    Attributes:
+        kind: `"causal"`, or `"encoder"` (with a classification head of `num_labels`).
+        path: the folder or GGUF file on this machine.
+        base_ref: what an output made from this model records as its base: a name, a hub id, or
+            an absolute path.
+        dtype: of the weights that are not packed, e.g. `"float32"`.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    ref: str
+    kind: str
+    path: Path
+    base_ref: str
+    dtype: str
+    base_bits: int
+    num_labels: int | None
+    seed: int
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields of `tinyft.json` from which `load` makes this very model again, bit for bit
+        (a new classification head included: it follows from the seed)."""
+        return {
+            "base": self.base_ref,
+            "dtype": self.dtype,
+            "base_bits": self.base_bits,
+            "num_labels": self.num_labels,
+            "seed": self.seed,
+        }
+
+
+def load(
+    ref: str | Path,
+    *,
+    dtype: str = "auto",
+    base_bits: int = 16,
+    device: str = "cpu",
+    num_labels: int | None = None,
+    seed: int = 0,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Adapters come back merged into the base, unless the base is packed (then they stay beside it,
+    as trained); a seed log is replayed in the dtype that it was written in.
+
+    Args:
+        ref: see the module.
+        dtype: a key of `DTYPES`, or `"auto"`: as stored, float32 for GGUF files, and float32 for
+            float16 on a CPU, which has no fast float16.
+        base_bits: 8 or 4 packs the linear layers of the blocks with bitsandbytes (int8, nf4) and
+            freezes them; embeddings, norms and heads keep `dtype`.
+        num_labels: classes of an encoder; None takes the checkpoint's own classification head.
+            Causal models score the choices themselves and ignore it.
+        seed: of a new classification head.
+
+    Raises:
+        InputError: nothing there, no model in it, only pickles, an unknown architecture, missing
+            or misshapen weights, no tokenizer, no hub.
+    """
+    _check_options(dtype, base_bits, device)
+    source = locate(ref)
+    if source.form in ("adapter", "seed_log"):
+        return _load_trained(source, dtype, base_bits, device, num_labels, seed)
+    config = _read_config(source)
+    kind = _kind(config, source)
+    num_labels = _num_labels(config, source, num_labels) if kind == "encoder" else None
+    dtype = _resolve_dtype(dtype, config, source, device)
+    tokenizer = load_tokenizer(source)
+    # A base to be packed is first left as stored, unread: each layer is cast and packed in turn.
+    stored = dtype if base_bits == 16 or source.form == "gguf" else "auto"
+    with quiet(), _seeded(seed):
+        model = _from_pretrained(source, config, kind, stored, num_labels)
+        if base_bits < 16:
+            pack(model, base_bits, DTYPES[dtype], device)
+        model.to(device)
+    _check_vocabulary(model, tokenizer, source)
+    _fault_in(model)
+    return Loaded(
+        model.eval(),
+        tokenizer,
+        source.ref,
+        kind,
+        source.path,
+        source.own_ref,
+        dtype,
+        base_bits,
+        num_labels,
+        seed,
+    )
+
+
+def kind_of(ref: str | Path) -> str:
+    """`"causal"` or `"encoder"`, from the configuration alone (no weights are read)."""
+    source = locate(ref)
+    if source.form in ("adapter", "seed_log"):
+        return kind_of(source.base)
+    return _kind(_read_config(source), source)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The backbone: everything from token ids to the last hidden states `(B, T, D)`."""
+    return model.base_model
+
+
+def head(model: nn.Module) -> nn.Module:
+    """What turns hidden states into logits: a language-model head or a classifier."""
+    if (output := model.get_output_embeddings()) is not None:
+        return output
+    return [child for child in model.children() if child is not model.base_model][-1]
+
+
+# Reading it.
+
+
+def _load_trained(
+    source: Source,
+    dtype: str,
+    base_bits: int,
+    device: str,
+    num_labels: int | None,
+    seed: int,
+) -> Loaded:
+    """What was trained, on its base: an adapter or a seed log."""
+    made = source.manifest
+    wanted = dtype
+    num_labels = made.get("num_labels", num_labels)
+    seed = made.get("seed", seed)
+    if source.form == "seed_log":  # bits follow from the arithmetic that wrote the log
+        dtype = made.get("dtype", dtype)
+        base_bits = made.get("base_bits", base_bits)
+    try:
+        base = load(
+            source.base,
+            dtype=dtype,
+            base_bits=base_bits,
+            device=device,
+            num_labels=num_labels,
+            seed=seed,
+        )
+    except InputError as error:
+        raise InputError(
+            f"{source.ref} was trained on {source.base}, which cannot be loaded: {error} Put the "
+            f"base back, or correct its path in {source.path}."
+        ) from error
+    from tinyft.optim import lora
+
+    model = base.model
+    if source.form == "adapter":
+        lora.load_adapter(model, source.path)
+    else:
+        from tinyft.optim.mezo import replay
+
+        replay(model, source.path / SEED_LOG)
+    if base.base_bits == 16 and any(isinstance(m, lora.LoRALinear) for m in model.modules()):
+        lora.merge(model)
+    if wanted not in ("auto", base.dtype):
+        model.to(DTYPES[wanted])
+    has_tokenizer = any(_TOKENIZER_FILES.match(entry.name) for entry in source.path.iterdir())
+    return replace(
+        base,
+        model=model.eval(),
+        tokenizer=load_tokenizer(source) if has_tokenizer else base.tokenizer,
+        ref=source.ref,
+        path=source.path,
+        base_ref=source.own_ref,
+        dtype=base.dtype if wanted == "auto" else wanted,
+    )
+
+
+def _check_options(dtype: str, base_bits: int, device: str) -> None:
+    wrong = []
+    if dtype != "auto" and dtype not in DTYPES:
+        wrong.append(f"--dtype {dtype} is unknown: auto, {', '.join(DTYPES)}.")
+    if base_bits not in (16, 8, 4):
+        wrong.append(f"--base-bits {base_bits} is not possible: 16 (as --dtype says), 8 or 4.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        wrong.append(f"--device {device} needs a GPU that torch can use; there is none: use cpu.")
+    if wrong:
+        raise InputError(" ".join(wrong))
+
+
+def _where(source: Source) -> dict[str, Any]:
+    """Arguments of every `from_pretrained`: the path, and that no code of a repository is run."""
+    if source.form == "gguf":
+        place = {
+            "pretrained_model_name_or_path": source.path.parent,
+            "gguf_file": source.path.name,
+        }
+    else:
+        place = {"pretrained_model_name_or_path": source.path}
+    return {**place, "trust_remote_code": False, "local_files_only": True}
+
+
+def _read_config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    with quiet(), explained(source, "its configuration"):
+        config = AutoConfig.from_pretrained(**_where(source))
+    if source.form == "folder" and getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "in some way")
+        raise InputError(
+            f"{source.ref} is already quantised ({method}). Give the original weights, and "
+            f"--base-bits 8 or 4 to pack them here."
+        )
+    return config
+
+
+def _kind(config: Any, source: Source) -> str:
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = config.model_type
+    masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not getattr(config, "is_encoder_decoder", False):
+        # BERT and its kin are in both tables: they decode only when their configuration says so.
+        if causal and (not masked or getattr(config, "is_decoder", False)):
+            return "causal"
+        if masked and model_type in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            return "encoder"
+    raise InputError(
+        f"{source.ref} is a {model_type} model. TinyFT trains causal language models (Llama, Qwen, "
+        f"Gemma, GPT-2, OPT, GPT-NeoX, ...) and encoders of BERT's kind."
+    )
+
+
+def _num_labels(config: Any, source: Source, num_labels: int | None) -> int:
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if num_labels is None and not trained:
+        raise InputError(
+            f"{source.ref} is an encoder without a classification head. Train it on rows with "
+            f"choices, which say how many classes there are, or pass num_labels."
+        )
+    return config.num_labels if num_labels is None else num_labels
+
+
+def _resolve_dtype(dtype: str, config: Any, source: Source, device: str) -> str:
+    if dtype != "auto":
+        return dtype
+    if source.form == "gguf":
+        return "float32"
+    stored = str(config.dtype or "").removeprefix("torch.") or _first_dtype(source)
+    on_cpu = torch.device(device).type == "cpu"
+    return "float32" if stored not in DTYPES or (stored == "float16" and on_cpu) else stored
+
+
+def _first_dtype(source: Source) -> str:
+    from safetensors import safe_open
+
+    with explained(source, "its weights"):
+        with safe_open(sorted(source.path.glob("*.safetensors"))[0], "pt") as file:
+            return _STORED.get(file.get_slice(next(iter(file.keys()))).get_dtype(), "float32")
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a source, with a padding token (the end of text where it has none)."""
+    from transformers import AutoTokenizer
+
+    folder = source.path
+    if source.form != "gguf" and not any(_TOKENIZER_FILES.match(e.name) for e in folder.iterdir()):
+        raise InputError(
+            f"{source.ref} has no tokenizer. Put the files of its tokenizer (tokenizer.json, "
+            f"tokenizer_config.json) into {folder}."
+        )
+    with quiet(), explained(source, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**_where(source))
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_pretrained(
+    source: Source, config: Any, kind: str, dtype: str, num_labels: int | None
+) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if kind == "encoder":
+        config.num_labels = num_labels
+    auto = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    with explained(source, "its weights"):
+        model, info = auto.from_pretrained(
+            **_where(source),
+            config=config,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            # Another number of classes gets a new head; what else is misshapen is refused below.
+            ignore_mismatched_sizes=kind == "encoder",
+            output_loading_info=True,
+        )
+    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    if kind == "encoder":  # a new head (and pooler) is what fine-tuning is for
+        new = {name for name in new if re.search(r"\.\d+\.|embed", name)}
+    if new:
+        listed = ", ".join(sorted(new)[:5]) + (", ..." if len(new) > 5 else "")
+        raise InputError(
+            f"{source.ref} lacks {len(new)} tensors of a {type(model).__name__}: {listed}. They "
+            f"would be random. Give the complete checkpoint."
+        )
+    # Dequantised from GGUF: no longer quantised, or it could be neither moved nor saved.
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, source: Source) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise InputError(
+            f"The tokenizer of {source.ref} has ids up to {highest}, its model {rows} embeddings: "
+            f"they do not belong together. Put the model's own tokenizer into the folder."
+        )
+
+
+def _fault_in(model: nn.Module) -> None:
+    """Read a word of every page, so that what is measured from here on counts the weights as
+    loaded and no step pays for reading the file."""
+    for tensor in model.parameters():
+        if tensor.device.type == "cpu":
+            tensor.detach().flatten()[:: 4096 // tensor.element_size()].sum()
+
+
+# Writing it.
+
+
+def save_model(model: nn.Module, tokenizer: Any, directory: str | Path) -> None:
+    """Write a plain model folder, whole or not at all.
+
+    Into a folder that exists the finished and synced files are moved one by one: `config.json`,
+    without which it is no model, goes first and comes last.
+
+    Raises:
+        InputError: the weights are packed; the disk is full or cannot be written.
+    """
+    if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+        raise InputError(
+            "A model packed to 8 or 4 bits cannot be written as a plain folder. Load it with "
+            "--base-bits 16, or keep the adapter."
+        )
+    directory = Path(directory)
+    fresh = directory / ".model" if directory.exists() else directory
+    try:
+        with write_directory_atomic(fresh) as work:
+            with quiet():
+                model.save_pretrained(work)
+                tokenizer.save_pretrained(work)
+            for file in work.iterdir():  # safetensors makes its files unreadable for others
+                shutil.copymode(work / "config.json", file)
+        if fresh != directory:
+            (directory / "config.json").unlink(missing_ok=True)
+            for old in directory.glob("model*.safetensors*"):  # perhaps other shards than ours
+                old.unlink()
+            for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(directory / file.name)
+            fresh.rmdir()
+            fsync_path(directory)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        raise InputError(
+            f"Cannot write the model to {directory}: {error}. Free some space or choose another "
+            f"--output; what was saved before is still there."
+        ) from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
