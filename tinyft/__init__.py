@@ -22,7 +22,7 @@ _PUBLIC = {
     "LoRA": "tinyft.optim.lora",
     "Full": "tinyft.optim.full",
     "TrainConfig": "tinyft.config",
-    "fit": "tinyft.train",
+    "fit": "tinyft.library",
     "evaluate": "tinyft.evaluate",
     "load": "tinyft.models",
     "BudgetError": "tinyft.errors",

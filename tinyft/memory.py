@@ -1,0 +1,133 @@
+"""Memory as the operating system counts it: resident bytes now, and their peak by phase.
+
+On Linux the peak is `VmHWM`, the kernel's own high-water mark, which a write of `5` to
+`/proc/self/clear_refs` sets back to what is resident now. On a CUDA device it is the allocator's.
+Where neither exists, resident memory is sampled at every step, and `PeakMeter.source` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _status_bytes(field: str) -> int:
+    """A line of `/proc/self/status`, which counts in KiB, as bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{_STATUS} has no {field}")
+    return int(found.group(1)) * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    try:
+        return _status_bytes("VmRSS")
+    except OSError:
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def trim() -> None:
+    """Give freed heap pages back to the system, so that the next phase's peak is its own."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # not glibc: the allocator keeps its pages, and the peaks err upwards
+
+
+class PeakMeter:
+    """Peaks of memory, kept apart by phase ("train", "eval").
+
+    Args:
+        device: `"cpu"` or a CUDA device; decides whose memory is counted.
+
+    Attributes:
+        source: where the numbers come from: `"VmHWM"`, `"CUDA allocator"` or `"sampled RSS"`.
+        peaks: `{phase: bytes}`, each absolute (the model's own weights included).
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.peaks: dict[str, int] = {}
+        self._phase = ""
+        if device.startswith("cuda"):
+            self.source = "CUDA allocator"
+        else:
+            self.source = "VmHWM" if _can_reset() else "sampled RSS"
+
+    def now_bytes(self) -> int:
+        """Bytes held now; also a sample of the peak where the system keeps none."""
+        if self.source == "CUDA allocator":
+            import torch
+
+            return int(torch.cuda.memory_allocated(self.device))
+        now = resident_bytes()
+        if self.source == "sampled RSS":
+            self._record(now)
+        return now
+
+    def peak_bytes(self, phase: str = "train") -> int:
+        """The peak of a phase so far."""
+        if phase == self._phase:
+            self._record(self._high_water_bytes())
+        return self.peaks.get(phase, 0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards `name`; phases nest, the inner one alone counts."""
+        outer = self._phase
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, name: str) -> None:
+        self._record(self._high_water_bytes())
+        trim()
+        if self.source == "VmHWM":
+            _CLEAR_REFS.write_text("5")
+        elif self.source == "CUDA allocator":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._phase = name
+
+    def _high_water_bytes(self) -> int:
+        if self.source == "VmHWM":
+            return _status_bytes("VmHWM")
+        if self.source == "CUDA allocator":
+            import torch
+
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return resident_bytes()
+
+    def _record(self, high_water_bytes: int) -> None:
+        if self._phase:
+            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), high_water_bytes)
+
+
+def _can_reset() -> bool:
+    try:
+        _CLEAR_REFS.write_text("5")
+        _status_bytes("VmHWM")
+    except OSError:
+        return False
+    return True
+
+
+def human(n_bytes: float) -> str:
+    """`1503238553` -> `"1.4 GiB"`."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"
