@@ -198,9 +198,7 @@ class StructuredDraw(Draw):
 def rounding_noise(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """65,536 uniform 16-bit integers as int32, twice over, so that any window is one slice."""
     row = torch.zeros(1, dtype=torch.int64, device=device)
-    words = philox.philox(
-        philox.matrix_counters(row, NOISE_SIZE // 8, 0, step, _ROUNDING), seed
-    )
+    words = philox.philox(philox.matrix_counters(row, NOISE_SIZE // 8, 0, step, _ROUNDING), seed)
     half_words = words.view(torch.int16).flatten().to(torch.int32).bitwise_and_(0xFFFF)
     return half_words.repeat(2)
 

@@ -165,7 +165,11 @@ def _formed_product(
 
 
 def _embedding(
-    state: PerturbedForward, module: Any, own: Mapping[str, int], original: Callable, *args: Any,
+    state: PerturbedForward,
+    module: Any,
+    own: Mapping[str, int],
+    original: Callable,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     """Embeddings, and their subclasses that move the index or scale the result."""
@@ -199,8 +203,12 @@ class _EmbeddingMode(TorchFunctionMode):
 
 
 def _one_run_a_copy(
-    state: PerturbedForward, module: nn.Module, own: Mapping[str, int], original: Callable,
-    *args: Any, **kwargs: Any,
+    state: PerturbedForward,
+    module: nn.Module,
+    own: Mapping[str, int],
+    original: Callable,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run the module once a copy on its share of every tensor argument, parameters replaced."""
     copies = len(state.groups)

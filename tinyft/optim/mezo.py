@@ -1,0 +1,367 @@
+"""MeZO: fine-tuning with forward passes only.
+
+"Fine-Tuning Language Models with Just Forward Passes" (NeurIPS 2023), algorithm 1, and FZOO's
+normalised one-sided estimator. With z ~ (0, I), pg = (L(theta + eps z) - L(theta - eps z)) / 2 eps,
+theta <- theta - lr (pg z + wd theta).
+
+What differs from the published procedure, which `exact=True` follows to the bit:
+
+* weights are read-only while the loss is evaluated: z enters the forward pass (`zeroth.forward`), so
+  nothing drifts, and both signs or several probes ride in one batch;
+* z comes from a counter-based generator, not from torch's stream, in one of four families
+  (`zeroth.directions`); the default costs a dot product and an outer product a linear layer;
+* 16-bit weights are updated with stochastic rounding, so that small updates are kept on average;
+* a run is its seed log: a few bytes a step, from which `replay` makes the weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyft.errors import InputError
+from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
+from tinyft.zeroth.directions import FAMILIES, make_directions
+from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
+from tinyft.zeroth.forward import PerturbedForward
+from tinyft.zeroth.seed_log import SeedLog, fingerprint
+from tinyft.zeroth.update import update_
+
+# With momentum beta the terms older than this weigh less than 1% and are dropped.
+_MOMENTUM_TAIL = 0.01
+
+
+@dataclass(frozen=True)
+class MeZOOptions:
+    """What `MeZO` can be told besides the learning rate and the trainable set."""
+
+    eps: float = field(default=1e-3, metadata={"help": "size of the perturbation"})
+    directions: str = field(
+        default="sign-rank1",
+        metadata={"help": "family of random directions", "choices": tuple(FAMILIES)},
+    )
+    estimator: str = field(
+        default="two-sided",
+        metadata={"help": "gradient estimator", "choices": ESTIMATORS},
+    )
+    probes: int = field(default=1, metadata={"help": "directions a step"})
+    momentum: float = field(
+        default=0.0, metadata={"help": "heavy-ball momentum, recomputed from the seed log"}
+    )
+    exact: bool = field(
+        default=False, metadata={"help": "the published procedure, in place, bit for bit"}
+    )
+
+    def problems(self) -> list[str]:
+        """What is wrong with these options, one sentence each."""
+        found = []
+        if not self.eps > 0:
+            found.append(f"eps must be positive; found {self.eps}.")
+        if self.directions not in FAMILIES:
+            found.append(
+                f"directions must be one of {', '.join(FAMILIES)}; found {self.directions!r}."
+            )
+        if self.estimator not in ESTIMATORS:
+            found.append(
+                f"estimator must be one of {', '.join(ESTIMATORS)}; found {self.estimator!r}."
+            )
+        least = 2 if self.estimator == "one-sided" else 1
+        if self.probes < least:
+            found.append(
+                f"probes must be at least {least} for the {self.estimator} estimator; "
+                f"found {self.probes}."
+            )
+        if not 0 <= self.momentum < 1:
+            found.append(f"momentum must be in [0, 1); found {self.momentum}.")
+        if self.exact and (self.estimator, self.probes, self.momentum) != ("two-sided", 1, 0.0):
+            found.append("exact is the published procedure: two-sided, one probe, no momentum.")
+        return found
+
+
+@register("mezo")
+class MeZO(Optimizer):
+    """Zeroth-order optimizer over the parameters of `model` that require a gradient.
+
+    Example:
+        >>> import torch, tinyft
+        >>> model = torch.nn.Linear(4, 1)
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 1)
+        >>> optimizer = tinyft.MeZO(model, lr=1e-2)
+        >>> loss = optimizer.step(lambda: (model(x) - y).square().mean())
+        >>> loss = optimizer.step(  # one loss an example: both signs in one forward pass
+        ...     lambda b: (model(b["x"]) - b["y"]).square().mean(1), {"x": x, "y": y})
+
+    Args:
+        model: evaluated in eval mode (no dropout) whatever mode it is in.
+        lr: learning rate; `weight_decay` is decoupled and skips vectors.
+        seed: 64-bit key of all directions.
+        Others: see `MeZOOptions`.
+
+    Raises:
+        InputError: an option out of range, nothing to train, or a parameter that cannot be
+            perturbed in the forward pass.
+    """
+
+    Options = MeZOOptions
+    default_lr = {"all": 5e-6, "lora": 1e-4, "prefix": 1e-2}  # noqa: RUF012
+    uses_gradients = False
+    keeps_log = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 5e-6,
+        *,
+        eps: float = 1e-3,
+        directions: str = "sign-rank1",
+        estimator: str = "two-sided",
+        probes: int = 1,
+        momentum: float = 0.0,
+        exact: bool = False,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.options = MeZOOptions(eps, directions, estimator, probes, momentum, exact)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        problems = self.options.problems()
+        if not named:
+            problems.append("The model has no parameter with requires_grad=True: nothing to train.")
+        problems += [
+            f"{name} is {p.dtype}: only floating point parameters can be perturbed."
+            for name, p in named
+            if not p.is_floating_point()
+        ]
+        if problems:
+            raise InputError(" ".join(problems))
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        super().__init__(self.parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.model, self.seed, self.steps_taken = model, seed, 0
+        self.log: SeedLog | None = None
+        first = self.parameters[0]
+        self.directions = make_directions(
+            directions, [p.shape for p in self.parameters], seed, first.device, first.dtype
+        )
+        self._forward = None if exact else PerturbedForward(model, self.parameters)
+        self._recent: deque[list[float]] = deque(maxlen=_window(momentum))
+        self._scalar_objective = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
+        """One step; see `Optimizer.step`. The loss is the mean of the two signs' (two-sided)."""
+        if closure is None:
+            raise InputError(
+                "MeZO evaluates the loss itself: call step(lambda: loss_fn(model, batch)). In the "
+                "Hugging Face Trainer use tinyft.trainer.make_trainer."
+            )
+        with _eval_mode(self.model):
+            if self.options.exact:
+                loss, gradients = self._exact_losses(closure, batch)
+            else:
+                points = evaluation_points(self.options.estimator, self.options.probes)
+                draws = [
+                    self.directions.draw(self.steps_taken, p) for p in range(self.options.probes)
+                ]
+                eps = self.options.eps
+                groups = [(None, 0.0) if p is None else (draws[p], s * eps) for p, s in points]
+                losses = self._losses(closure, batch, groups)
+                check_finite(losses, self.steps_taken)
+                loss, gradients = projected_gradients(self.options.estimator, losses.tolist(), eps)
+            self._apply(self.param_groups[0]["lr"], gradients)
+        return torch.tensor(loss, dtype=torch.float32)
+
+    def _losses(self, closure: Callable[..., Tensor], batch: Any, groups: list) -> Tensor:
+        """The objective at every `(z, scale)`, float64 `(len(groups),)`."""
+        if batch is None or self._scalar_objective:
+            values = []
+            for group in groups:
+                with self._forward([group]):
+                    value = closure() if batch is None else closure(batch)
+                values.append(value.double().mean())
+            return torch.stack(values).cpu()
+        size = _batch_size(batch)
+        # The weights are read once for all copies, yet no more rows are alive than in inference.
+        parts = min(size, len(groups))
+        total = torch.zeros(len(groups), dtype=torch.float64)
+        for part in _split(batch, parts):
+            expanded, rows = _repeat(part, len(groups))
+            with self._forward(groups, rows):
+                losses = call_per_example(closure, expanded)
+            if losses.dim() == 0:
+                # One number for the whole batch (F1, say): each point needs its own evaluation.
+                self._scalar_objective = True
+                return self._losses(closure, batch, groups)
+            total += losses.double().view(len(groups), -1).sum(1).cpu()
+        return total / size
+
+    def _apply(self, lr: float, gradients: Sequence[float]) -> None:
+        """Log the step, then update the weights: a logged step can be replayed, so none is lost."""
+        lr = float(torch.tensor(lr, dtype=torch.float32))  # what the log stores is what is used
+        if self.log is not None:
+            self.log.append(lr, gradients)
+        self._update(lr, gradients)
+
+    @torch.no_grad()
+    def _update(self, lr: float, gradients: Sequence[float]) -> None:
+        decay = lr * self.param_groups[0]["weight_decay"]
+        if self.options.exact:
+            self._exact_update(lr, gradients[0])
+        else:
+            self._recent.append(list(gradients))
+            terms = []
+            for age, row in zip(range(len(self._recent) - 1, -1, -1), self._recent, strict=True):
+                for p, g in enumerate(row):
+                    c = lr * self.options.momentum**age * g / self.options.probes
+                    terms.append((self.directions.draw(self.steps_taken - age, p), c))
+            update_(self.parameters, terms, decay=decay)
+        self.steps_taken += 1
+
+    # The published procedure. `p + scale * z * eps` and `p - lr * (pg * z + wd * p)`, in that order
+    # of operations, z per parameter from one `torch.manual_seed` stream.
+
+    def step_seed(self, step: int) -> int:
+        """The seed given to `torch.manual_seed` at a step of the exact mode."""
+        return (self.seed * 1_000_003 + step) & (2**63 - 1)
+
+    def _exact_losses(self, closure: Callable, batch: Any) -> tuple[float, list[float]]:
+        with torch.random.fork_rng(devices=[]):
+            values = []
+            for scale in (1, -2):
+                self._exact_perturb(scale)
+                value = closure() if batch is None else closure(batch)
+                values.append(value.mean())
+            self._exact_perturb(1)
+        plus, minus = values
+        check_finite(torch.stack(values), self.steps_taken)
+        gradient = ((plus - minus) / (2 * self.options.eps)).item()
+        return float((plus + minus) / 2), [gradient]
+
+    def _exact_perturb(self, scale: int) -> None:
+        torch.manual_seed(self.step_seed(self.steps_taken))
+        for p in self.parameters:
+            p.data = p.data + scale * _normal_like(p) * self.options.eps
+
+    def _exact_update(self, lr: float, gradient: float) -> None:
+        weight_decay = self.param_groups[0]["weight_decay"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.step_seed(self.steps_taken))
+            for name, p in zip(self.names, self.parameters, strict=True):
+                z = _normal_like(p)
+                if "bias" not in name and "norm" not in name and "ln" not in name:
+                    p.data = p.data - lr * (gradient * z + weight_decay * p.data)
+                else:
+                    p.data = p.data - lr * (gradient * z)
+
+    # Log, resume, state.
+
+    def open_log(self, path: Path, *, resume: bool) -> int:
+        """Log every further step to `path`; with `resume`, first replay what is there.
+
+        Returns:
+            the steps replayed.
+
+        Raises:
+            InputError: the log belongs to another model, or to other options.
+        """
+        header = {
+            **dataclasses.asdict(self.options),
+            "seed": self.seed,
+            "weight_decay": self.param_groups[0]["weight_decay"],
+            "base": fingerprint(self.names, self.parameters),
+        }
+        if not (resume and path.exists()):
+            self.log = SeedLog.create(path, header)
+            return 0
+        self.log = SeedLog.open(path)
+        found = {key: self.log.header.get(key) for key in header}
+        if found != header:
+            changed = [
+                f"{k}: {found[k]} there, {header[k]} now" for k in header if found[k] != header[k]
+            ]
+            raise InputError(
+                f"The seed log {path} was written by another run ({'; '.join(changed)}). Resume "
+                f"with the same model and options, or choose another output folder."
+            )
+        for lr, gradients in self.log.records():
+            if self.options.exact:
+                for scale in (1, -2, 1):  # the published passes leave rounding behind: repeat them
+                    self._exact_perturb(scale)
+            self._update(lr, gradients)
+        return self.log.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the step count and what momentum remembers."""
+        mezo = {"steps_taken": self.steps_taken, "recent": [list(r) for r in self._recent]}
+        return {**super().state_dict(), "mezo": mezo}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        state = dict(state_dict)
+        mezo = state.pop("mezo")
+        super().load_state_dict(state)
+        self.steps_taken = mezo["steps_taken"]
+        self._recent.clear()
+        self._recent.extend(mezo["recent"])
+
+
+def _window(momentum: float) -> int:
+    steps, weight = 1, momentum
+    while weight >= _MOMENTUM_TAIL:
+        steps, weight = steps + 1, weight * momentum
+    return steps
+
+
+def _normal_like(p: Tensor) -> Tensor:
+    return torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _batch_size(batch: Any) -> int:
+    return batch.size if hasattr(batch, "repeat") else max(t.shape[0] for t in _tensors(batch))
+
+
+def _map(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Mapping):
+        return {k: f(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return tuple(f(v) if isinstance(v, Tensor) else v for v in batch)
+
+
+def _split(batch: Any, parts: int) -> list[Any]:
+    if hasattr(batch, "split"):
+        return batch.split(parts)
+    bounds = [i * _batch_size(batch) // parts for i in range(parts + 1)]
+    return [
+        _map(batch, lambda v, a=a, b=b: v[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def _repeat(batch: Any, copies: int) -> tuple[Any, int]:
+    """The batch `copies` times over, copies-major, and the rows of the result."""
+    if hasattr(batch, "repeat"):
+        expanded = batch.repeat(copies)
+        return expanded, expanded.input_ids.shape[0]
+    expanded = _map(batch, lambda v: v.repeat(copies, *[1] * (v.dim() - 1)))
+    return expanded, _batch_size(expanded)

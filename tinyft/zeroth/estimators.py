@@ -1,0 +1,48 @@
+"""From losses at perturbed weights to the projected gradient of each probe.
+
+* `two-sided` (SPSA; MeZO, algorithm 1): g_p = (L(theta + eps z_p) - L(theta - eps z_p)) / 2 eps, and
+  the step's gradient estimate is the mean of g_p z_p over the probes. Two forward passes a probe.
+* `one-sided` (FZOO's normalised form): g_p = (L(theta + eps z_p) - L(theta)) / sigma, sigma the
+  standard deviation of the probes' losses. One pass a probe and one for all; dividing by sigma takes
+  the scale of the loss and of eps out of the learning rate. At least two probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+ESTIMATORS = ("two-sided", "one-sided")
+
+
+def evaluation_points(estimator: str, probes: int) -> list[tuple[int | None, int]]:
+    """Where to evaluate: `(probe, sign)` a point; probe None is theta itself."""
+    if estimator == "two-sided":
+        return [(p, sign) for p in range(probes) for sign in (1, -1)]
+    return [(None, 0), *((p, 1) for p in range(probes))]
+
+
+def projected_gradients(
+    estimator: str, losses: Sequence[float], eps: float
+) -> tuple[float, list[float]]:
+    """The step's loss and each probe's projected gradient, rounded to float32.
+
+    Args:
+        losses: one a point, in the order of `evaluation_points`.
+
+    Returns:
+        the loss at theta (two-sided: the mean over all points, equal to O(eps^2)), and one value a
+        probe. They are rounded because the seed log stores float32, and a replay must use the very
+        numbers that the run used.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    if estimator == "two-sided":
+        g = (values[0::2] - values[1::2]) / (2 * eps)
+        loss = float(values.mean())
+    else:
+        sigma = values[1:].std(ddof=1)
+        # All probes alike: no direction is better than another, and 0 / 0 must not become NaN.
+        g = (values[1:] - values[0]) / sigma if sigma > 0 else np.zeros(len(values) - 1)
+        loss = float(values[0])
+    return loss, [float(v) for v in g.astype(np.float32)]
