@@ -41,3 +41,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<|endoftext|>",
         chat_template=CHATML,
     )
+
+
+@pytest.fixture
+def tiny_model_dir(tmp_path, tiny_tokenizer):
+    """`tiny_model_dir("llama", **config changes)` -> a folder with a random model and tokenizer."""
+    from tiny_models import save_tiny_model
+
+    def make(family: str = "llama", **changes):
+        return save_tiny_model(tmp_path / f"base-{family}", family, tiny_tokenizer, **changes)
+
+    return make

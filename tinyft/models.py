@@ -198,7 +198,8 @@ def _load_trained(
     if base.base_bits == 16 and any(isinstance(m, lora.LoRALinear) for m in model.modules()):
         lora.merge(model)
     if wanted not in ("auto", base.dtype):
-        model.to(DTYPES[wanted])
+        for parameter in model.parameters():  # not the buffers: rotary tables stay float32
+            parameter.data = parameter.data.to(DTYPES[wanted])
     has_tokenizer = any(_TOKENIZER_FILES.match(entry.name) for entry in source.path.iterdir())
     return replace(
         base,

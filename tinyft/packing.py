@@ -57,6 +57,9 @@ def _packed(weight: Tensor, bias: nn.Parameter | None, bits: int, dtype: torch.d
             kind, options = bnb.nn.Int8Params, {"has_fp16_weights": False}
         else:
             layer = bnb.nn.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+            # Else, on some CPUs, evaluation would rewrite the weights in another layout, refuse
+            # widths that are no multiple of 32, and differ from training.
+            layer.support_avx512bf16_for_cpu = False
             kind, options = bnb.nn.Params4bit, {"quant_type": "nf4", "module": layer}
     # Moving the parameter, even to where it is, packs it.
     layer.weight = kind(weight, requires_grad=False, **options).to(weight.device)
