@@ -104,27 +104,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _fill_train(parser: argparse.ArgumentParser) -> None:
     from tinyft.config import flags
-    from tinyft.optim import METHODS
 
-    parser.description = "Fine-tune a model on a file of examples and measure everything."
+    parser.description = "Fine-tune a model on a file of examples, and measure everything."
+    parser.usage = "tinyft train --model M --data FILE --method METHOD --output DIR [flags]"
     parser.add_argument("--config", type=Path, help="YAML file with the same names; flags win")
     parser.add_argument("--json", action="store_true", help="JSON lines on standard output")
-    groups: dict[tuple[str, ...], Any] = {(): parser.add_argument_group("the run")}
+    groups: dict[str, Any] = {}
     for flag in flags():
-        if flag.methods not in groups:
-            title = f"options of {' and '.join(flag.methods)}"
-            groups[flag.methods] = parser.add_argument_group(title)
+        title = f"options of {' and '.join(flag.methods)}" if flag.methods else flag.group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         text = flag.help.replace("%", "%%")
-        if flag.name == "method":
-            text += f": {', '.join(METHODS)}"
         if flag.default not in (None, False) and "default" not in text:
             text += f" (default: {flag.default})"
         how: dict[str, Any] = {"dest": flag.name, "default": argparse.SUPPRESS, "help": text}
         if flag.is_bool:
             how["action"] = argparse.BooleanOptionalAction
+        elif flag.choices:
+            how["metavar"] = "{" + ",".join(map(str, flag.choices)) + "}"
         else:
             how["metavar"] = flag.name.split("_")[-1].upper()
-        groups[flag.methods].add_argument(flag.text, **how)
+        groups[title].add_argument(flag.text, **how)
     parser.set_defaults(run=_train)
 
 

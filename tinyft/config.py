@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -90,7 +90,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and activations"
     )
-    base_bits: _Bits = Field(16, description="bits of the frozen base's weights: 16, 8 or 4")
+    base_bits: _Bits = Field(16, description="bits of the frozen base's weights")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="CPU threads (default: torch's choice)")
 
@@ -155,13 +155,18 @@ class TrainConfig(BaseModel):
             elif method is not None:
                 options[name] = value
         if method is not None:
-            own["options"], found = _validate(TypeAdapter(method.Options), options, spell)
-            problems += found
-        config, found = _validate(TypeAdapter(cls), own, spell)
-        # What is missing has been said above, in fewer words than pydantic's.
-        problems += [p for p in found if "Field required" not in p]
-        if config is not None and method is not None:
-            config = config._with_defaults(method)
+            own["options"], wrong = _validate(TypeAdapter(method.Options), options, spell)
+            if hasattr(own["options"], "problems"):
+                problems += [_spell_first(text, spell) for text in own["options"].problems()]
+            problems += wrong.values()
+        adapter = TypeAdapter(cls)
+        # What is missing has been said: stand-ins let the rest be checked, and so below.
+        own = dict.fromkeys(("model", "data", "method"), "?") | own
+        config, wrong = _validate(adapter, own, spell)
+        problems += wrong.values()
+        if method is not None:
+            right = {name: value for name, value in own.items() if name not in wrong}
+            config = adapter.validate_python(right)._with_defaults(method)
             problems += config._conflicts(method, spell)
         if problems:
             raise InputError("; ".join(problems) + ".")
@@ -235,6 +240,20 @@ class TrainConfig(BaseModel):
         return {name: _plain(value) for name, value in values.items()}
 
 
+# How `--help` orders the flags; a field that is missing here fails the tests.
+GROUPS = {
+    "the run": ("model", "data", "eval_data", "method", "output", "resume", "overwrite"),
+    "training": (
+        *("steps", "epochs", "batch_size", "max_length", "lr", "schedule", "warmup"),
+        *("weight_decay", "objective", "seed"),
+    ),
+    "adapters": ("trainable", "rank", "alpha", "dropout", "lora_targets"),
+    "methods with gradients": ("optimizer", "grad_accumulation", "grad_clip", "checkpointing"),
+    "the machine": ("dtype", "base_bits", "device", "threads"),
+    "on the way": ("eval_every", "checkpoint_every", "skip_bad_rows", "tensorboard"),
+}
+
+
 @dataclass(frozen=True)
 class Flag:
     """One command-line flag, derived from a field."""
@@ -243,6 +262,8 @@ class Flag:
     help: str
     default: Any
     is_bool: bool
+    choices: tuple[Any, ...] = ()
+    group: str = ""
     methods: tuple[str, ...] = ()
 
     @property
@@ -258,19 +279,39 @@ def as_flag(name: str) -> str:
 def flags() -> list[Flag]:
     """All flags of `tinyft train`: the fields of `TrainConfig`, then the methods' own options."""
     from tinyft.optim import METHODS
-    from tinyft.optim.base import option_help
 
     found = [
-        Flag(name, info.description or "", info.default, info.annotation is bool)
+        Flag(
+            name,
+            info.description or "",
+            None if info.is_required() else info.default,
+            info.annotation is bool,
+            tuple(METHODS) if name == "method" else _choices(info.annotation),
+            next(title for title, names in GROUPS.items() if name in names),
+        )
         for name, info in TrainConfig.model_fields.items()
         if name != "options"
     ]
     own: dict[str, Flag] = {}
     for method, cls in METHODS.items():
-        for name, (kind, default, help_text) in option_help(cls.Options).items():
-            methods = (*own[name].methods, method) if name in own else (method,)
-            own[name] = Flag(name, help_text, default, kind in (bool, "bool"), methods)
+        for option in dataclasses.fields(cls.Options):
+            before = own[option.name].methods if option.name in own else ()
+            own[option.name] = Flag(
+                option.name,
+                option.metadata.get("help", ""),
+                None if option.default is dataclasses.MISSING else option.default,
+                option.type in (bool, "bool"),
+                tuple(option.metadata.get("choices", ())),
+                methods=(*before, method),
+            )
     return found + list(own.values())
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`, also inside `... | None`."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in _choices(part))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -303,18 +344,24 @@ def _options(method: str) -> tuple[str, ...]:
 
 def _validate(
     adapter: TypeAdapter, values: Mapping[str, Any], spell: Callable[[str], str]
-) -> tuple[Any, list[str]]:
-    """`(value, [])`, or `(None, problems)` with pydantic's findings in a user's words."""
+) -> tuple[Any, dict[str, str]]:
+    """`(value, {})`, or `(None, {name: problem})` with pydantic's findings in a user's words."""
     try:
-        return adapter.validate_python(dict(values)), []
+        return adapter.validate_python(dict(values)), {}
     except ValidationError as error:
         problems = {}
         for found in error.errors():
             name = str(found["loc"][0]) if found["loc"] else ""
-            text = found["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+            text = found["msg"].replace("Input should be", "must be").partition(", unable")[0]
             # A union reports once for each of its members; the first says enough.
             problems.setdefault(name, f"{spell(name)} {_plain(found['input'])}: {text}")
-        return None, list(problems.values())
+        return None, problems
+
+
+def _spell_first(text: str, spell: Callable[[str], str]) -> str:
+    """A method's sentence about an option, "eps must be ...", in this caller's spelling."""
+    name, _, rest = text.rstrip(".").partition(" ")
+    return f"{spell(name)} {rest}"
 
 
 def _did_you_mean(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:

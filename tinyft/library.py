@@ -7,8 +7,9 @@ from typing import Any
 
 from tinyft.config import TrainConfig
 from tinyft.errors import InputError
+from tinyft.inputs import pick_device, read_source
 from tinyft.progress import Reporter, make_reporter
-from tinyft.train import Result, pick_device, read_source, run
+from tinyft.train import Result, run
 
 
 def fit(

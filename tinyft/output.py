@@ -15,8 +15,8 @@ at any moment leaves either an unfinished run that `--resume` continues, or a fi
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -32,15 +32,6 @@ from tinyft.errors import InputError
 # What may differ between the beginning of a run and its continuation: nothing the bits depend on.
 _FREE = {"threads", "eval_every", "checkpoint_every", "tensorboard", "output"}
 _LENGTH = {"steps", "epochs"}
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class OutputFolder:
@@ -99,7 +90,6 @@ class OutputFolder:
                 )
             return False
         if config.overwrite:
-            self.clear()
             return False
         if not config.resume:
             state = "a finished run" if self.finished else "an unfinished run"
@@ -129,14 +119,14 @@ class OutputFolder:
         """The flat configuration that the folder's run began with; empty when there is none."""
         return read_yaml(self.config) if self.config.is_file() else {}
 
-    def begin(self, config: TrainConfig, info: Mapping[str, Any]) -> None:
-        """Write down what the run begins with. After this the folder holds an unfinished run."""
-        self.metrics.unlink(missing_ok=True)
-        self._save_config(config)
-        self.save_info(info)
+    def begin(self, config: TrainConfig, info: Mapping[str, Any], *, resuming: bool) -> None:
+        """Write down what the run begins with: from here the folder holds an unfinished run.
 
-    def reopen(self, config: TrainConfig, info: Mapping[str, Any]) -> None:
-        """Go on with a run; one that was finished (and shall be longer) is unfinished again."""
+        Without `resuming`, what a run before it left (`--overwrite`) goes first. With it, a run
+        that was finished, and shall now be longer, becomes unfinished again.
+        """
+        if not resuming:
+            self.clear()
         self._save_config(config)
         self.save_info(info)
         self.report.unlink(missing_ok=True)
@@ -240,7 +230,8 @@ class OutputFolder:
         for record in (self.manifest, self.run):
             if record.is_file():
                 files += json.loads(record.read_text()).get("files", [])
-        # The manifest goes first: from here on the folder claims to be nothing.
+        if files or self.report.is_file():
+            self.save_info({"files": files})  # a kill amid this leaves a run to --overwrite
         own = [self.manifest, self.report, self.plot, self.metrics, self.log, self.config]
         for path in [*own, *(self.directory / Path(name).name for name in files), self.run]:
             path.unlink(missing_ok=True)
@@ -248,8 +239,10 @@ class OutputFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, and leave no folder behind that nothing was written to."""
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
             os.close(self._lock)
             self._lock = None
 
@@ -262,7 +255,8 @@ class OutputFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
+            os.close(self._lock)
+            self._lock = None
             raise InputError(
                 f"Another process is writing to --output {self.directory}: wait for it, or name "
                 f"another folder."

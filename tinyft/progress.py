@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
@@ -162,13 +163,9 @@ class TensorBoardReporter(Reporter):
     """Passes everything on to another reporter, and writes the curves for TensorBoard."""
 
     def __init__(self, inner: Reporter, directory: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "--tensorboard needs TensorBoard: pip install 'tinyft[tensorboard]', or leave the "
-                "flag out (metrics.jsonl holds the same numbers)."
-            ) from error
+        check_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         self._inner = inner
         self._writer = SummaryWriter(str(directory))
         self._at = 0
@@ -193,8 +190,17 @@ class TensorBoardReporter(Reporter):
         self._inner.evaluation(when, metrics)
 
     def end(self) -> None:
-        self._writer.flush()
+        self._writer.close()
         self._inner.end()
+
+
+def check_tensorboard() -> None:
+    """Raise InputError where TensorBoard is missing: called before the work begins."""
+    if find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard needs TensorBoard: pip install 'tinyft[tensorboard]', or leave the "
+            "flag out (metrics.jsonl holds the same numbers)."
+        )
 
 
 def make_reporter(*, as_json: bool = False) -> Reporter:

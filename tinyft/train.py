@@ -7,9 +7,6 @@ checkpoint, or from the method's own log, to the same final bits.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +17,11 @@ from typing import Any
 from tinyft.checkpoint import RunState, is_disk_full, restore_weights, trainable
 from tinyft.config import TrainConfig
 from tinyft.errors import BudgetError, InputError
+from tinyft.inputs import pick_device, read_source
 from tinyft.interrupt import Stopped, StopSignals
 from tinyft.memory import PeakMeter, human
-from tinyft.output import OutputFolder, file_sha256
-from tinyft.progress import Reporter, Step, TensorBoardReporter
+from tinyft.output import OutputFolder
+from tinyft.progress import Reporter, Step, TensorBoardReporter, check_tensorboard
 from tinyft.report import build_report
 from tinyft.schedule import SavingClock, learning_rate, step_seed
 
@@ -62,6 +60,8 @@ def run(
         BudgetError: out of memory.
         Stopped: SIGINT or SIGTERM; the state has been saved.
     """
+    if config.tensorboard:
+        check_tensorboard()
     reporter = reporter or Reporter()
     folder = OutputFolder(config.output) if config.output else None
     try:
@@ -69,12 +69,8 @@ def run(
             resuming = folder.open(config) if folder else False
             if folder and resuming and folder.finished and not _grows(folder, config):
                 return Result(folder.read_report(), output=folder.directory)
-            if folder and config.tensorboard:
-                reporter = TensorBoardReporter(reporter, folder.tensorboard)
-            session = _Session(config, reporter, folder, resuming)
-            return session.run(loaded, rows or {})
+            return _Session(config, reporter, folder, resuming).run(loaded, rows or {})
     finally:
-        reporter.end()
         if folder:
             folder.close()
 
@@ -110,7 +106,8 @@ class _Session:
         if config.threads:
             torch.set_num_threads(config.threads)
         train, held_out = self.read_data(rows)
-        self.begin()
+        if self.resuming:
+            self.check_data()
 
         if loaded is None:
             # An encoder's head has as many outputs as the rows have classes.
@@ -149,6 +146,11 @@ class _Session:
         self.total = config.steps or max(1, round(config.epochs * len(self.batches)))
         self.say_data(train, encoded)
 
+        # Only now, with all input read and found good, does anything in the folder change.
+        if self.folder:
+            self.folder.begin(config, self.info, resuming=self.resuming)
+            if config.tensorboard:
+                self.reporter = TensorBoardReporter(self.reporter, self.folder.tensorboard)
         if self.info.get("before") is None and self.held_out:
             self.info["before"] = self.score("before")
             if self.folder:
@@ -156,7 +158,10 @@ class _Session:
         if self.info.get("before"):
             self.scores[0] = self.info["before"]
         with self.meter.phase("train"):
-            self.train(method)
+            try:
+                self.train(method)
+            finally:
+                self.reporter.end()
         self.model.eval()
         after = self.score("after") if self.held_out else None
         if after:
@@ -196,13 +201,9 @@ class _Session:
             raise InputError("\n".join(problems))
         return found[0], found[1]
 
-    def begin(self) -> None:
-        """Open the books: anew, or, to resume, after a check that the data are still the same."""
-        if self.folder is None:
-            return
-        if not self.resuming:
-            self.folder.begin(self.config, self.info)
-            return
+    def check_data(self) -> None:
+        """To resume: the data must be what the run began with."""
+        assert self.folder is not None
         saved = self.folder.info()
         for name in ("data", "eval_data"):
             was, now = saved.get(f"{name}_sha256"), self.info[f"{name}_sha256"]
@@ -214,7 +215,6 @@ class _Session:
                     f"anew with --overwrite."
                 )
         self.info = saved
-        self.folder.reopen(self.config, saved)
 
     def say_data(self, train: Any, encoded: Any) -> None:
         notes = [f"{len(encoded.items):,} examples, {encoded.n_tokens:,} tokens"]
@@ -235,7 +235,9 @@ class _Session:
         from tinyft.cost import FlopMeter
 
         optimizer = self.optimizer = method.attach(self.model, self.config)
-        start = self.restore(optimizer)
+        self.model.train(method.uses_gradients)
+        with self.meter.phase("restore"):
+            start = self.restore(optimizer)
         if start > self.total:
             raise InputError(
                 f"The run has already done {start} steps, more than the {self.total} asked for: "
@@ -251,7 +253,6 @@ class _Session:
         with StopSignals() as stop:
             for step in range(start, self.total):
                 self.score_if_due(step)
-                self.model.train(method.uses_gradients)
                 began = perf_counter()
                 loss, lr, batch = self.step(optimizer, flops, step)
                 seconds = perf_counter() - began
@@ -401,35 +402,6 @@ class _Session:
         self.folder.save_report(report)
 
 
-def read_source(source: str | None, rows: Any, skip_bad_rows: bool) -> tuple[Any, str | None]:
-    """Examples and the sha256 of what they came from; `(None, None)` without a source."""
-    from tinyft.assets import resolve_data
-    from tinyft.data import read_examples
-
-    if rows is not None:
-        # Through a file: one parser, with one set of checks, for rows from anywhere.
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rows.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return read_examples(path, skip_bad_rows=skip_bad_rows), file_sha256(path)
-    if source is None:
-        return None, None
-    path = Path(resolve_data(source)).expanduser()
-    examples = read_examples(path if path.exists() else source, skip_bad_rows=skip_bad_rows)
-    if path.is_file():
-        return examples, file_sha256(path)
-    return examples, hashlib.sha256(repr(examples.items).encode()).hexdigest()
-
-
-def pick_device(wanted: str) -> str:
-    """`"auto"` is a GPU where there is one."""
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _grows(folder: OutputFolder, config: TrainConfig) -> bool:
     """Whether a finished run is asked to go on for longer.
 
@@ -458,7 +430,8 @@ def _explained(folder: OutputFolder | None, config: TrainConfig) -> Iterator[Non
         if is_disk_full(error) and folder is not None:
             raise InputError(
                 f"There is no room to write to {folder.directory} ({error}). "
-                f"{folder.saved_so_far()} Free some space there, then: tinyft train --output {folder.directory} --resume"
+                f"{folder.saved_so_far()} Free some space there, then: "
+                f"tinyft train --output {folder.directory} --resume"
             ) from error
         if _is_out_of_memory(error):
             raise BudgetError(
