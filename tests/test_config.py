@@ -1,0 +1,164 @@
+"""The configuration: conversion, defaults, and every mistake named at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from tinyft.config import GROUPS, TrainConfig, as_flag, flags, read_yaml
+from tinyft.errors import InputError
+from tinyft.optim import METHODS
+from tinyft.optim.base import Optimizer
+
+GIVEN = {"model": "m", "data": "d.jsonl"}
+
+
+def build(**values):
+    return TrainConfig.build({**GIVEN, **values}, spell=as_flag)
+
+
+def problems(**values):
+    with pytest.raises(InputError) as caught:
+        build(**values)
+    return str(caught.value)
+
+
+def test_strings_are_converted():
+    config = build(method="mezo", steps="20", lr="1e-6", eps="1e-2", exact="true", base_bits="8")
+    assert (config.steps, config.lr, config.base_bits) == (20, 1e-6, 8)
+    assert (config.options.eps, config.options.exact) == (1e-2, True)
+    assert isinstance(config.options, METHODS["mezo"].Options)
+
+
+@pytest.mark.parametrize("method", ["mezo", "lora", "full"])
+def test_defaults_are_the_methods_own(method):
+    config, cls = build(method=method), METHODS[method]
+    assert config.lr == cls.default_lr[config.trainable]
+    assert config.schedule == ("cosine" if cls.uses_gradients else "constant")
+    assert config.epochs == 1.0 and config.steps is None
+    assert build(method=method, steps=3).epochs is None
+
+
+def test_a_zero_learning_rate_is_kept():
+    assert build(method="mezo", lr=0).lr == 0.0
+
+
+def test_mezo_on_lora_uses_the_rate_for_lora():
+    config = build(method="mezo", trainable="lora", rank=4)
+    assert config.lr == METHODS["mezo"].default_lr["lora"] and config.rank == 4
+
+
+def test_targets_by_name():
+    assert build(method="lora", lora_targets="q_proj,v_proj").lora_targets == ("q_proj", "v_proj")
+    assert build(method="lora", lora_targets=["q_proj"]).lora_targets == ("q_proj",)
+    assert build(method="lora").lora_targets == "all-linear"
+
+
+def test_all_problems_at_once():
+    found = problems(
+        method="mezo", steps="many", lrr=1, eps=-1, batch_size=0, rank=3, base_bits=3, grad_clip=1
+    )
+    for part in (
+        "--steps many: must be a valid integer",
+        "--lrr is not known (did you mean --lr?)",
+        "--eps must be positive",
+        "--batch-size 0: must be greater than or equal to 1",
+        "--rank needs adapters (--trainable lora)",
+        "--base-bits 3: must be 16, 8 or 4",
+        "--grad-clip needs gradients",
+    ):
+        assert part in found, found
+
+
+def test_what_is_missing():
+    with pytest.raises(InputError) as caught:
+        TrainConfig.build({}, require=("output",), spell=as_flag)
+    for name in ("model", "data", "method", "output"):
+        assert f"--{name} is missing" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"method": "mezzo"}, "--method mezzo is unknown: choose from .*did you mean mezo"),
+        ({"method": "lora", "eps": 1e-3}, "--eps belongs to mezo, not to lora"),
+        ({"method": "lora", "steps": 1, "epochs": 1}, "--steps and --epochs exclude each other"),
+        ({"method": "lora", "trainable": "all"}, "lora trains lora"),
+        ({"method": "lora", "objective": "f1"}, "--objective f1 has no gradient"),
+        ({"method": "full", "base_bits": 4}, "--base-bits 4 keeps the base frozen"),
+        ({"method": "full", "resume": True, "overwrite": True}, "exclude each other"),
+        ({"method": "full", "lr": "fast"}, "--lr fast: must be a valid number"),
+        ({"method": "full", "schedule": "linear"}, "--schedule linear: must be 'constant' or"),
+    ],
+)
+def test_conflicts(values, expected):
+    with pytest.raises(InputError, match=expected):
+        build(**values)
+
+
+def test_none_means_not_given_except_where_it_is_a_value():
+    config = build(method="full", grad_clip="none", threads="null", checkpointing="none")
+    assert (config.grad_clip, config.threads, config.checkpointing) == (None, None, "none")
+
+
+@pytest.mark.parametrize("method", ["mezo", "lora", "full"])
+def test_saved_and_read_again_it_is_the_same(method, tmp_path):
+    config = build(method=method, steps=5, output=str(tmp_path), lr=3e-7)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.flat()))
+    assert TrainConfig.build(read_yaml(tmp_path / "run.yaml")) == config
+
+
+def test_flat_holds_what_the_run_depends_on_and_no_more():
+    flat = build(method="mezo").flat()
+    assert flat["eps"] == 1e-3
+    assert not {"options", "resume", "overwrite", "rank", "grad_clip"} & flat.keys()
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        build(method="mezo").lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a: [", "is not YAML"), ("- a", "must hold"), ("a: {b: 1}", "without sections")],
+)
+def test_bad_yaml(tmp_path, text, expected):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=expected):
+        read_yaml(tmp_path / "run.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_may_spell_names_as_flags(tmp_path):
+    (tmp_path / "run.yaml").write_text("batch-size: 4\nlr: 1e-5\n")
+    assert read_yaml(tmp_path / "run.yaml") == {"batch_size": 4, "lr": "1e-5"}
+    assert build(method="mezo", lr="1e-5").lr == 1e-5
+
+
+def test_every_field_has_its_place_in_the_help_and_a_description():
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(TrainConfig.model_fields.keys() - {"options"})
+    assert all(flag.help for flag in flags())
+
+
+def test_a_new_method_is_a_new_choice_with_its_own_flags(monkeypatch):
+    @dataclass(frozen=True)
+    class Options:
+        sharpness: float = field(default=0.5, metadata={"help": "how sharp"})
+
+    class Sharp(Optimizer):
+        name = "sharp"
+
+    Sharp.Options = Options
+    monkeypatch.setitem(METHODS, "sharp", Sharp)
+    by_name = {flag.name: flag for flag in flags()}
+    assert by_name["sharpness"].methods == ("sharp",)
+    assert "sharp" in by_name["method"].choices
+    assert build(method="sharp", sharpness="0.25").options.sharpness == 0.25
+    assert "--sharpness belongs to sharp, not to mezo" in problems(method="mezo", sharpness=1)
+    assert "did you mean --sharpness?" in problems(method="sharp", sharpnes=1)
+    assert "--sharpness very: must be a valid number" in problems(method="sharp", sharpness="very")
