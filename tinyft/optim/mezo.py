@@ -6,8 +6,8 @@ theta <- theta - lr (pg z + wd theta).
 
 What differs from the published procedure, which `exact=True` follows to the bit:
 
-* weights are read-only while the loss is evaluated: z enters the forward pass (`zeroth.forward`), so
-  nothing drifts, and both signs or several probes ride in one batch;
+* weights are read-only while the loss is evaluated: z enters the forward pass (`zeroth.forward`),
+  so nothing drifts, and both signs or several probes ride in one batch;
 * z comes from a counter-based generator, not from torch's stream, in one of four families
   (`zeroth.directions`); the default costs a dot product and an outer product a linear layer;
 * 16-bit weights are updated with stochastic rounding, so that small updates are kept on average;

@@ -1,10 +1,11 @@
 """From losses at perturbed weights to the projected gradient of each probe.
 
-* `two-sided` (SPSA; MeZO, algorithm 1): g_p = (L(theta + eps z_p) - L(theta - eps z_p)) / 2 eps, and
-  the step's gradient estimate is the mean of g_p z_p over the probes. Two forward passes a probe.
+* `two-sided` (SPSA; MeZO, algorithm 1): g_p = (L(theta + eps z_p) - L(theta - eps z_p)) / 2 eps,
+  and the step's gradient estimate is the mean of g_p z_p over the probes. Two forward passes a
+  probe.
 * `one-sided` (FZOO's normalised form): g_p = (L(theta + eps z_p) - L(theta)) / sigma, sigma the
-  standard deviation of the probes' losses. One pass a probe and one for all; dividing by sigma takes
-  the scale of the loss and of eps out of the learning rate. At least two probes.
+  standard deviation of the probes' losses. One pass a probe and one for all; dividing by sigma
+  takes the scale of the loss and of eps out of the learning rate. At least two probes.
 """
 
 from __future__ import annotations

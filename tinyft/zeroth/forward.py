@@ -59,8 +59,8 @@ class PerturbedForward:
         if stuck:
             raise InputError(
                 f"MeZO cannot perturb {', '.join(stuck)} inside the forward pass: the module that "
-                f"owns them also contains other modules. Freeze them (requires_grad_(False)) or use "
-                f"exact=True, which perturbs in place."
+                f"owns them also contains other modules. Freeze them (requires_grad_(False)) or "
+                f"use exact=True, which perturbs in place."
             )
         self.groups: list[Group] = []
         self.rows = 0

@@ -8,6 +8,7 @@ appended to; a record cut short by a kill is dropped when the log is opened agai
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -36,7 +37,6 @@ class SeedLog:
     def __init__(self, path: Path, header: Mapping[str, Any], steps: int, offset: int) -> None:
         self.path, self.header, self.steps = path, dict(header), steps
         self._offset = offset
-        self._file: Any = None
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> SeedLog:
@@ -58,7 +58,7 @@ class SeedLog:
             data = path.read_bytes()
         except OSError as error:
             raise InputError(f"There is no seed log at {path}: {error.strerror}.") from error
-        line, newline, records = data[:_MAX_HEADER_BYTES].partition(b"\n")
+        line, newline, _ = data[:_MAX_HEADER_BYTES].partition(b"\n")
         try:
             header = json.loads(line)
             if header["format"] != _FORMAT or not newline:
@@ -69,7 +69,6 @@ class SeedLog:
                 f"{path} is not a seed log of this version ({_FORMAT}): its first line is "
                 f"{line[:60]!r}. Give the folder that `tinyft train --method mezo` wrote."
             ) from error
-        del records
         offset = len(line) + 1
         return cls(path, header, (len(data) - offset) // size, offset)
 
@@ -80,22 +79,19 @@ class SeedLog:
 
     def append(self, lr: float, projected_gradients: Sequence[float]) -> None:
         """Write one record; after it returns the record survives the death of the process."""
-        if self._file is None:
-            self._file = self.path.open("r+b", buffering=0)
-            self._file.seek(self._offset + self.steps * self.record_bytes)
-            self._file.truncate()
         record = np.array([lr, *projected_gradients], dtype="<f4").tobytes()
         assert len(record) == self.record_bytes
-        if self._file.write(record) != len(record):
-            raise OSError(28, "No space left on device", str(self.path))
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self._offset + self.steps * self.record_bytes)
+            file.truncate()
+            if file.write(record) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.steps += 1
 
-    def close(self) -> None:
-        """Flush to the disk and close; the log can be opened again."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+    def sync(self) -> None:
+        """Make the log survive the death of the machine, too."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def records(self) -> Iterator[tuple[float, list[float]]]:
         """`(lr, projected gradients)` of every step, as the float32 values that were used."""

@@ -2,9 +2,9 @@
 
 float32: every term is rounded once, one term after the other, so that with +-1 directions the bits
 do not depend on the device. bfloat16 and float16: the block is updated in float32 and rounded
-stochastically with bits of the same counter-based generator. Rounding to nearest would lose most of
-zeroth order's updates (at lr 1e-7 98.8% of bfloat16 weights do not move at all); stochastic rounding
-keeps them on average, needs no second copy of the weights, and replays to the same bits.
+stochastically with bits of the same counter-based generator. Rounding to nearest would lose most
+of zeroth order's updates (at lr 1e-7 98.8% of bfloat16 weights do not move at all); stochastic
+rounding keeps them on average, needs no second copy of the weights, and replays to the same bits.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ def update_(
         decay: decoupled weight decay, lr * wd. Skips vectors (biases and norm scales).
         rounding: of 16-bit tensors, `"stochastic"` or `"nearest"`.
     """
-    family = terms[-1][0].family
+    family, last_step = terms[-1][0].family, terms[-1][0].step
+    terms = [(draw, c) for draw, c in terms if c != 0]  # -0.0 - 0.0 would already change a bit
+    if not terms and decay == 0:
+        return
     noise = None
     if rounding == "stochastic" and any(w.dtype.itemsize == 2 for w in tensors):
-        noise = rounding_noise(family.seed, terms[-1][0].step, family.device)
+        noise = rounding_noise(family.seed, last_step, family.device)
     for t, tensor in enumerate(tensors):
         rows, cols = matrix_shape(tensor.shape)
         matrix = tensor.detach().view(rows, cols)

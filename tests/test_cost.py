@@ -1,0 +1,82 @@
+"""Counted FLOPs against closed forms and against torch's own counter where that one counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+import tinyft
+from tinyft.cost import FlopCounter, FlopMeter
+
+
+def llama_forward_flops(config, rows, width):
+    """Products and attention of a Llama, from its configuration."""
+    d, f, head = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    linear = d * (2 * q + 2 * kv + 3 * f) * config.num_hidden_layers + d * config.vocab_size
+    attention = 2 * config.num_attention_heads * head * width * config.num_hidden_layers
+    return 2 * rows * width * (linear + attention)
+
+
+@pytest.fixture
+def llama():
+    from test_zeroth import tiny_model
+
+    return tiny_model("llama")
+
+
+def test_forward_equals_the_closed_form(llama):
+    ids = torch.randint(3, 300, (3, 7))
+    with torch.no_grad(), FlopCounter() as counter:
+        llama(input_ids=ids)
+    # The rotary table is a product as well: (head_dim / 2) x 1 x width, once.
+    rotary = 2 * llama.config.head_dim // 2 * 7
+    assert counter.flops == pytest.approx(llama_forward_flops(llama.config, 3, 7) + rotary, abs=200)
+
+
+def test_equals_torch_s_counter_where_attention_is_made_of_products(llama):
+    ids = torch.randint(3, 300, (3, 7))
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounter() as ours:
+            llama(input_ids=ids, labels=ids).loss.backward()
+        with FlopCounterMode(display=False) as theirs:
+            llama(input_ids=ids, labels=ids).loss.backward()
+    assert ours.flops == theirs.get_total_flops() > 0
+
+
+def test_fused_attention_counts_what_its_products_would():
+    q, k, v = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
+    counts = []
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend), FlopCounter() as counter:
+            out = scaled_dot_product_attention(q, k, v)
+        forward = counter.flops
+        with sdpa_kernel(backend), FlopCounter() as counter:
+            out.sum().backward()
+        counts.append((forward, counter.flops))
+    (forward, backward), (fused_forward, fused_backward) = counts
+    assert fused_forward == forward
+    assert fused_backward == backward * 5 // 4  # the fused kernel forms the scores again
+
+
+def test_a_zeroth_order_step_costs_two_forward_passes(llama):
+    ids = torch.randint(3, 300, (4, 7))
+    optimizer = tinyft.MeZO(llama)
+    with torch.no_grad(), FlopCounter() as forward:
+        llama(input_ids=ids)
+    with FlopCounter() as step:
+        optimizer.step(lambda b: llama(input_ids=b["x"]).logits.mean((1, 2)), {"x": ids})
+    perturbing = sum(step.by_operator[name] for name in ("mv", "addr_"))
+    assert step.flops - perturbing == pytest.approx(2 * forward.flops, rel=1e-3)
+
+
+def test_the_meter_counts_a_shape_once_and_adds_it_every_time():
+    meter = FlopMeter()
+    w = torch.ones(3, 5)
+    for _ in range(4):
+        meter.step("a", lambda: torch.ones(2, 3) @ w)
+    meter.step("b", lambda: torch.ones(1, 3) @ w)
+    assert meter.flops == 4 * 60 + 30

@@ -1,0 +1,136 @@
+"""What a step costs in FLOPs: counted from the operations that ran, not from layer names.
+
+A multiply-add is 2 FLOPs. Matrix products, convolutions and attention count; elementwise work does
+not, as everywhere in the field. torch's own `FlopCounterMode` counts 0 for scaled-dot-product
+attention on a CPU and for packed 8- and 4-bit products; these formulas include them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
+aten = torch.ops.aten
+
+
+def _product(left: Tensor, right: Tensor) -> int:
+    """`(..., M, K) @ (..., K, N)`, or with a vector on either side."""
+    columns = right.shape[-1] if right.dim() > 1 else 1
+    return 2 * left.numel() * columns
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Q K' and P V, `(B, H, T, D)`; the causal half is counted, as torch does on a GPU."""
+    pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    return 2 * pairs * (query.shape[3] + value.shape[3])
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Scores again, then the gradients of V, P, Q and K: five products for the forward's two."""
+    pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    return 2 * pairs * (3 * query.shape[3] + 2 * value.shape[3])
+
+
+def _convolution(x: Tensor, weight: Tensor, out: Tensor) -> int:
+    return 2 * out.numel() * math.prod(weight.shape[1:])
+
+
+# Formula over (positional arguments, result), by operator packet.
+_FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
+    aten.mm: lambda a, _: _product(a[0], a[1]),
+    aten.bmm: lambda a, _: _product(a[0], a[1]),
+    aten.mv: lambda a, _: _product(a[0], a[1]),
+    aten.dot: lambda a, _: 2 * a[0].numel(),
+    aten.addmm: lambda a, _: _product(a[1], a[2]),
+    aten.addmm_: lambda a, _: _product(a[1], a[2]),
+    aten.baddbmm: lambda a, _: _product(a[1], a[2]),
+    aten.addmv: lambda a, _: _product(a[1], a[2]),
+    aten.addr: lambda a, _: 2 * a[0].numel(),
+    aten.addr_: lambda a, _: 2 * a[0].numel(),
+    aten.convolution: lambda a, out: _convolution(a[0], a[1], out),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda a, _: _attention(*a[:3]),
+    aten._scaled_dot_product_flash_attention: lambda a, _: _attention(*a[:3]),
+    aten._scaled_dot_product_efficient_attention: lambda a, _: _attention(*a[:3]),
+    aten._scaled_dot_product_cudnn_attention: lambda a, _: _attention(*a[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda a, _: _attention_backward(*a[:4])
+    ),
+    aten._scaled_dot_product_flash_attention_backward: lambda a, _: _attention_backward(*a[:4]),
+    aten._scaled_dot_product_efficient_attention_backward: lambda a, _: _attention_backward(*a[:4]),
+    aten._scaled_dot_product_cudnn_attention_backward: lambda a, _: _attention_backward(*a[:4]),
+    aten._int_mm: lambda a, _: _product(a[0], a[1]),
+}
+
+
+def _packed_product(name: str, args: tuple, out: Any) -> int:
+    """bitsandbytes' products whose weight is packed: `(M, K)` int8 or float by `(N, K)`."""
+    if "int8_linear_matmul" in name or "int8_scaled_mm" in name or "int8_mixed_scaled_mm" in name:
+        return 2 * args[0].numel() * args[1].shape[0]
+    if "gemv_4bit" in name or "gemm_4bit" in name:
+        result = out if isinstance(out, Tensor) else args[-1]
+        return 2 * args[0].numel() * result.shape[-1]
+    return 0
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of everything that runs inside it, backward passes too.
+
+    Attributes:
+        flops: the sum so far.
+        by_operator: `{operator name: FLOPs}`.
+
+    Example:
+        >>> import torch
+        >>> with FlopCounter() as counter:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
+        >>> counter.flops
+        60
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.by_operator: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        formula = _FORMULAS.get(packet)
+        if formula is not None:
+            count = formula(args, out)
+        elif func.namespace == "bitsandbytes":
+            count = _packed_product(packet.__name__, args, out)
+        else:
+            return out
+        self.flops += count
+        self.by_operator[packet.__name__] = self.by_operator.get(packet.__name__, 0) + count
+        return out
+
+
+class FlopMeter:
+    """Counts each kind of step once and adds it up after that: counting slows a step down.
+
+    Attributes:
+        flops: of all steps so far.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self._known: dict[Hashable, int] = {}
+
+    def step(self, signature: Hashable, function: Callable[[], T]) -> T:
+        """Run one step; steps with equal signatures (shapes) cost the same."""
+        if signature in self._known:
+            result = function()
+        else:
+            with FlopCounter() as counter:
+                result = function()
+            self._known[signature] = counter.flops
+        self.flops += self._known[signature]
+        return result
