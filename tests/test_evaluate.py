@@ -142,6 +142,8 @@ def test_a_batch_generates_what_each_row_would_alone(tiny_model_dir, family, cap
     capfd.readouterr()
     together = generate(model, tokenizer, prompts, batch_size=3, max_new_tokens=8)
     assert capfd.readouterr().err == ""
+    assert sum(map(len, together)) > 10
+    assert len(set(map(tuple, together))) > 1
     for prompt, found in zip(prompts, together, strict=True):
         out = model.generate(
             torch.tensor([prompt]),
@@ -167,7 +169,7 @@ def test_prompts_beyond_the_positions_lose_their_beginning(tiny_model_dir):
     found = generate(loaded.model, loaded.tokenizer, [long, long[-120:]], max_new_tokens=8)
     assert found[0] == found[1]
     with pytest.raises(InputError, match=r"--max-new-tokens 128 .* 128 positions"):
-        generate(loaded.model, loaded.tokenizer, [long], max_new_tokens=88)
+        generate(loaded.model, loaded.tokenizer, [long], max_new_tokens=128)
 
 
 def test_exact_match_and_rouge(tiny_model_dir):

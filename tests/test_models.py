@@ -13,6 +13,7 @@ from tiny_models import CAUSAL, CONFIGS, SPECIAL, config_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tinyft import models
+from tinyft.adapters import adapters
 from tinyft.errors import InputError
 from tinyft.references import is_hub_id, locate, quiet
 
@@ -257,17 +258,15 @@ def test_a_full_disk_leaves_nothing(tiny_model_dir, tmp_path, monkeypatch):
 def make_peft_adapter(folder, base):
     from peft import LoraConfig, get_peft_model
 
-    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(3)
-    model = get_peft_model(
-        model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    )
-    model.save_pretrained(folder)
+    with quiet():  # PEFT uses names that transformers has deprecated
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        model.save_pretrained(folder)
     return model
 
 
 def test_peft_adapter(tiny_model_dir, tmp_path):
-    pytest.importorskip("tinyft.optim.lora")
     base = tiny_model_dir("llama")
     peft_model = make_peft_adapter(tmp_path / "adapter", base)
     loaded = models.load(tmp_path / "adapter")
@@ -277,6 +276,41 @@ def test_peft_adapter(tiny_model_dir, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(loaded.model))
     assert models.kind_of(tmp_path / "adapter") == "causal"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_stays_beside_a_packed_base(tiny_model_dir, tmp_path, bits):
+    base = tiny_model_dir("llama")
+    make_peft_adapter(tmp_path / "adapter", base)
+    packed = models.load(tmp_path / "adapter", base_bits=bits).model
+    assert len(adapters(packed)) == 14
+    full = models.load(tmp_path / "adapter").model
+    difference = (logits(packed) - logits(full)).norm() / logits(full).norm()
+    assert difference < (0.05 if bits == 8 else 0.5)
+
+
+def test_seed_log_is_replayed_as_it_was_written(tiny_model_dir, tmp_path, monkeypatch):
+    """In the dtype of the run, with the head of its seed; only then cast to what is asked."""
+    base = models.load(tiny_model_dir("bert"), num_labels=3, seed=7, dtype="bfloat16")
+    run = tmp_path / "run"
+    run.mkdir()
+    manifest = {"format": 1, "kind": "seed_log", "method": "mezo", **base.recipe()}
+    (run / "tinyft.json").write_text(json.dumps(manifest))
+    calls = []
+
+    def replay(model, path):
+        calls.append((model.dtype, path))
+        with torch.no_grad():
+            models.head(model).bias.add_(1)
+        return 1
+
+    monkeypatch.setattr("tinyft.optim.mezo.replay", replay, raising=False)
+    loaded = models.load(run, dtype="float32")
+    assert calls == [(torch.bfloat16, run / "steps.seedlog")]
+    assert (loaded.dtype, loaded.num_labels, loaded.base_ref) == ("float32", 3, str(run))
+    assert torch.equal(models.head(loaded.model).weight, models.head(base.model).weight.float())
+    assert torch.equal(models.head(loaded.model).bias, models.head(base.model).bias.float() + 1)
+    assert models.load(run).dtype == "bfloat16"
 
 
 def test_a_base_that_is_gone(tiny_model_dir, tmp_path):
@@ -325,7 +359,7 @@ def test_nothing_there(tmp_path, monkeypatch):
         ([], "has nothing"),
         (["notes.txt"], r"has notes\.txt"),
         (["config.json", "pytorch_model.bin"], "pickles.*safetensors"),
-        (["checkpoint", "config.yaml"], "--resume"),
+        (["run.json", "config.json", "model.safetensors"], "--resume"),
         (["adapter_config.json", "adapter_model.bin"], "pickled"),
         (["tinyft.json"], "format None"),
     ],

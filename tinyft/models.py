@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyft import adapters
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
 from tinyft.errors import InputError
 from tinyft.packing import pack
@@ -186,17 +187,15 @@ def _load_trained(
             f"{source.ref} was trained on {source.base}, which cannot be loaded: {error} Put the "
             f"base back, or correct its path in {source.path}."
         ) from error
-    from tinyft.optim import lora
-
     model = base.model
     if source.form == "adapter":
-        lora.load_adapter(model, source.path)
+        adapters.load_adapter(model, source.path)
     else:
         from tinyft.optim.mezo import replay
 
         replay(model, source.path / SEED_LOG)
-    if base.base_bits == 16 and any(isinstance(m, lora.LoRALinear) for m in model.modules()):
-        lora.merge(model)
+    if base.base_bits == 16:
+        adapters.merge(model)
     if wanted not in ("auto", base.dtype):
         for parameter in model.parameters():  # not the buffers: rotary tables stay float32
             parameter.data = parameter.data.to(DTYPES[wanted])

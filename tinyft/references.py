@@ -117,6 +117,8 @@ def _inspect(ref: str, path: Path) -> Source:
             )
         if kind != "model":
             return Source(ref, path, kind, manifest)
+    elif "run.json" in names:  # even if its files look whole: the manifest comes last
+        raise InputError(f"{ref} is a training run that has not finished. Finish it with --resume.")
     elif "adapter_config.json" in names:
         if "adapter_model.safetensors" not in names:
             raise InputError(f"{ref} has no adapter_model.safetensors; {_NO_PICKLE}.")
@@ -135,8 +137,6 @@ def _what_is_wrong(path: Path, names: list[str], ggufs: list[str]) -> str:
         return f"it has several GGUF files; name one of them: {', '.join(ggufs)}."
     if any(name.endswith(_PICKLES) for name in names) and "config.json" in names:
         return f"its weights are pickles; {_NO_PICKLE}."
-    if "checkpoint" in names:
-        return "it is a training run that has not finished. Finish it with --resume."
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
     return (
         f"a folder needs config.json and *.safetensors, or one *.gguf; {path} has {listed}. "
