@@ -109,6 +109,8 @@ class OutputFolder:
             differing -= _LENGTH  # whether it grew is checked once the data have been counted
         if differing:
             changes = [f"{k} was {before.get(k)}, is {now.get(k)}" for k in sorted(differing)]
+            if differing & _LENGTH and config.schedule == "cosine":
+                changes[-1] += " (on which a cosine schedule depends)"
             raise InputError(
                 f"--resume goes on with the run in {self.directory} only as it began: "
                 f"{'; '.join(changes)}. Leave these out (the saved values hold), or start anew "

@@ -10,10 +10,15 @@ _INK, _FAINT, _BLUE, _ORANGE = "#22252b", "#b9c0cc", "#2563eb", "#ea580c"
 
 
 def smooth(losses: Sequence[float], window: int) -> list[float]:
-    """Mean over the `window` values around each (fewer at the ends, so nothing lags)."""
-    half = window // 2
-    spans = (losses[max(0, i - half) : i + half + 1] for i in range(len(losses)))
-    return [sum(span) / len(span) for span in spans]
+    """Weighted mean around each value, weights falling linearly to 0 over `window` / 2 to each
+    side (both sides, so that nothing lags)."""
+    half = max(1, window // 2)
+    means = []
+    for i in range(len(losses)):
+        near = range(max(0, i - half + 1), min(len(losses), i + half))
+        weights = [half - abs(i - j) for j in near]
+        means.append(sum(w * losses[j] for w, j in zip(weights, near, strict=True)) / sum(weights))
+    return means
 
 
 def loss_plot(
@@ -25,7 +30,7 @@ def loss_plot(
     subtitle: str = "",
     evaluations: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write a PNG: the loss of each step, its running mean, and the held-out loss where known.
+    """Write a PNG: the loss of each step, a smooth curve, and the held-out loss where known.
 
     Args:
         path: the file, ending in `.png`.
@@ -40,6 +45,7 @@ def loss_plot(
 
     figure = Figure(figsize=(8, 4.5), dpi=144, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.14)
     axes = figure.subplots()
     dots = len(steps) < 60
     axes.plot(
@@ -52,10 +58,8 @@ def loss_plot(
         label="training, each step",
     )
     if len(steps) > 4:
-        window = max(3, len(steps) // 12)
-        mean = smooth(losses, window)
-        label = f"training, mean of {window}"
-        axes.plot(steps, mean, color=_BLUE, linewidth=2, label=label, solid_capstyle="round")
+        mean = smooth(losses, max(4, len(steps) // 8))
+        axes.plot(steps, mean, color=_BLUE, linewidth=2, label="training, smoothed")
     known = evaluations or {}
     held_out = {at: scores["loss"] for at, scores in known.items() if "loss" in scores}
     if held_out:

@@ -89,6 +89,7 @@ class _Session:
         self.reporter = reporter
         self.folder = folder
         self.resuming = resuming
+        self.per_step = config.batch_size * config.grad_accumulation  # examples
         self.info: dict[str, Any] = {}  # what run.json holds
         self.lines: list[dict[str, Any]] = []  # the steps of metrics.jsonl
         self.scores: dict[int, dict[str, Any]] = {}  # held-out scores by steps done
@@ -98,25 +99,24 @@ class _Session:
 
         from tinyft.data import Batches, encode, pad_id
         from tinyft.losses import objective
-        from tinyft.models import kind_of, load
+        from tinyft.models import load
         from tinyft.optim import METHODS
 
         config = self.config
         method = METHODS[config.method]
         if config.threads:
             torch.set_num_threads(config.threads)
-        train, held_out = self.read_data(rows)
+        train, held_out, encoder = self.read_inputs(loaded, rows)
         if self.resuming:
             self.check_data()
 
         if loaded is None:
-            # An encoder's head has as many outputs as the rows have classes.
-            encoder = kind_of(config.model) == "encoder"
             loaded = load(
                 config.model,
                 dtype=config.dtype,
                 base_bits=config.base_bits,
                 device=pick_device(config.device),
+                # An encoder's head has as many outputs as the rows have classes.
                 num_labels=len(train.items[0].choices) or None if encoder else None,
                 seed=config.seed,
             )
@@ -139,7 +139,7 @@ class _Session:
         self.objective = objective(config.objective if direct else encoded.kind)
         self.batches = Batches(
             encoded,
-            config.batch_size * config.grad_accumulation,
+            self.per_step,
             seed=config.seed,
             pad_id=pad_id(self.tokenizer),
         )
@@ -186,8 +186,11 @@ class _Session:
 
     # What goes in.
 
-    def read_data(self, rows: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Both files, read before the model so that mistakes show at once, and hashed."""
+    def read_inputs(self, loaded: Any, rows: Mapping[str, Any]) -> tuple[Any, Any, bool]:
+        """Both files of examples, hashed, and whether the model is an encoder. All mistakes show at
+        once, and before anything large is read."""
+        from tinyft.models import kind_of
+
         problems, found = [], []
         for name in ("data", "eval_data"):
             source = getattr(self.config, name)
@@ -197,9 +200,13 @@ class _Session:
                 self.info[f"{name}_sha256"] = digest
             except InputError as error:
                 problems.append(str(error))
+        try:
+            kind = loaded.kind if loaded else kind_of(self.config.model)
+        except InputError as error:
+            problems.append(str(error))
         if problems:
             raise InputError("\n".join(problems))
-        return found[0], found[1]
+        return *found, kind == "encoder"
 
     def check_data(self) -> None:
         """To resume: the data must be what the run began with."""
@@ -226,8 +233,9 @@ class _Session:
         ):
             if count:
                 notes.append(f"{count:,} {what}")
-        steps = f"{self.total:,} steps of {self.config.batch_size * self.config.grad_accumulation}"
-        self.reporter.info(f"{self.config.data}: {', '.join(notes)}; {steps}")
+        self.reporter.info(
+            f"{self.config.data}: {', '.join(notes)}; {self.total:,} steps of {self.per_step}"
+        )
 
     # Training.
 
@@ -384,6 +392,10 @@ class _Session:
             "labels": list(encoded.labels),
         }
         known = [line for line in self.lines if line["loss"] is not None]
+        subtitle = f"{Path(self.config.data).name}, lr {self.config.lr:g}, {self.per_step} a step"
+        accuracy = [self.scores.get(at, {}).get("accuracy") for at in (0, self.total)]
+        if None not in accuracy:
+            subtitle += "; held-out accuracy {:.1%} before, {:.1%} after".format(*accuracy)
         report["artefact"] = self.folder.finish(
             manifest,
             lambda directory: self.optimizer.save_artefact(
@@ -394,8 +406,7 @@ class _Session:
                 [line["step"] for line in known],
                 [line["loss"] for line in known],
                 title=f"{self.config.method} on {Path(self.config.model).name}",
-                subtitle=f"{Path(self.config.data).name}, lr {self.config.lr:g}, "
-                f"batch {self.config.batch_size * self.config.grad_accumulation}",
+                subtitle=subtitle,
                 evaluations=dict(sorted(self.scores.items())),
             ),
         )
