@@ -100,7 +100,11 @@ def test_conflicts(values, expected):
 
 def test_none_means_not_given_except_where_it_is_a_value():
     config = build(method="full", grad_clip="none", threads="null", checkpointing="none")
-    assert (config.grad_clip, config.threads, config.checkpointing) == (None, None, "none")
+    assert (config.grad_clip, config.threads, config.checkpointing) == (
+        None,
+        None,
+        "none",
+    )  # and not the default, "selective"
 
 
 @pytest.mark.parametrize("method", ["mezo", "lora", "full"])

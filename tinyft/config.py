@@ -82,7 +82,7 @@ class TrainConfig(BaseModel):
         None, gt=0, description="largest norm of the gradient", json_schema_extra=_GRADIENT
     )
     checkpointing: Literal["none", "selective", "full"] = Field(
-        "none",
+        "selective",
         description="activations recomputed in the backward pass to save memory",
         json_schema_extra=_GRADIENT,
     )
