@@ -7,7 +7,8 @@ The contract that every implementation keeps:
 
 * key: `(seed & 0xffffffff, seed >> 32)`, one 64-bit seed a run.
 * counter: `(block, tensor, step, stream)`, four 32-bit words. `block` counts 128-bit outputs inside
-  a tensor, `tensor` is the tensor's index, `step` the optimizer step, `stream` what the bits are for.
+  a tensor, `tensor` is the tensor's index, `step` the optimizer step, `stream` what the bits are
+  for.
 * a block's output is words `w0 w1 w2 w3`; its 128 bits are numbered little-endian: bit `i` is bit
   `i % 32` of word `i // 32`, and half-word `h` is bits `16 h ... 16 h + 15`.
 * `signs`: bit 0 -> +1, bit 1 -> -1.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyft import adapters
+from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
 from tinyft.errors import InputError
 from tinyft.packing import pack
@@ -188,7 +188,9 @@ def _load_trained(
             f"base back, or correct its path in {source.path}."
         ) from error
     model = base.model
-    if source.form == "adapter":
+    if source.form == "adapter" and prefix.is_saved(source.path):
+        prefix.load(model, source.path)
+    elif source.form == "adapter":
         adapters.load_adapter(model, source.path)
     else:
         from tinyft.optim.mezo import replay
@@ -380,6 +382,11 @@ def save_model(model: nn.Module, tokenizer: Any, directory: str | Path) -> None:
         raise InputError(
             "A model packed to 8 or 4 bits cannot be written as a plain folder. Load it with "
             "--base-bits 16, or keep the adapter."
+        )
+    if prefix.is_attached(model):
+        raise InputError(
+            "A prefix is no part of the weights, so it cannot be merged into a plain model. Keep "
+            "the adapter folder: TinyFT and PEFT load it on its base."
         )
     directory = Path(directory)
     fresh = directory / ".model" if directory.exists() else directory

@@ -21,12 +21,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyft import adapters, prefix
 from tinyft.errors import InputError
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
 from tinyft.zeroth.directions import FAMILIES, make_directions
@@ -260,6 +262,45 @@ class MeZO(Optimizer):
                 else:
                     p.data = p.data - lr * (gradient * z)
 
+    # What the training loop calls.
+
+    @classmethod
+    def attach(cls, model: nn.Module, config: Any) -> MeZO:
+        """From a resolved `TrainConfig`; `trainable` is all, lora or prefix."""
+        if config.trainable == "lora":
+            adapters.inject(
+                model,
+                config.rank,
+                config.alpha,
+                targets=config.lora_targets,
+                seed=config.seed,
+            )
+        elif config.trainable == "prefix":
+            prefix.inject(model, seed=config.seed)
+        elif config.base_bits < 16:
+            raise InputError(
+                f"--base-bits {config.base_bits} keeps the base frozen: use --trainable lora, or "
+                f"leave --base-bits at 16 to train all parameters."
+            )
+        return cls(
+            model,
+            config.lr,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            **dataclasses.asdict(config.options),
+        )
+
+    def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
+        """All parameters: the seed log, already in place, is the artefact. Else an adapter."""
+        tokenizer.save_pretrained(directory)
+        if prefix.is_attached(model):
+            prefix.save(model, directory, base)
+        elif adapters.adapters(model):
+            adapters.save_adapter(model, directory, base)
+        else:
+            return "seed_log"
+        return "adapter"
+
     # Log, resume, state.
 
     def open_log(self, path: Path, *, resume: bool) -> int:
@@ -312,6 +353,25 @@ class MeZO(Optimizer):
         self._recent.extend(mezo["recent"])
 
 
+def replay(model: nn.Module, path: Path) -> int:
+    """Turn the base model into the trained one, bit for bit, from its seed log.
+
+    Args:
+        model: the base as it was before training, all parameters trainable; changed in place.
+        path: the log.
+
+    Returns:
+        the steps replayed.
+
+    Raises:
+        InputError: the log was written from other weights.
+    """
+    header = SeedLog.open(path).header
+    options = {f.name: header[f.name] for f in dataclasses.fields(MeZOOptions)}
+    optimizer = MeZO(model, weight_decay=header["weight_decay"], seed=header["seed"], **options)
+    return optimizer.open_log(path, resume=True)
+
+
 def _window(momentum: float) -> int:
     steps, weight = 1, momentum
     while weight >= _MOMENTUM_TAIL:
@@ -353,9 +413,7 @@ def _split(batch: Any, parts: int) -> list[Any]:
     if hasattr(batch, "split"):
         return batch.split(parts)
     bounds = [i * _batch_size(batch) // parts for i in range(parts + 1)]
-    return [
-        _map(batch, lambda v, a=a, b=b: v[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [_map(batch, lambda v, a=a, b=b: v[a:b]) for a, b in pairwise(bounds)]
 
 
 def _repeat(batch: Any, copies: int) -> tuple[Any, int]:

@@ -178,6 +178,7 @@ class StructuredDraw(Draw):
 
     def add_product_(self, t: int, x: Tensor, y: Tensor, scale: float, transposed: bool) -> None:
         u, v = (self.right(t), self.left(t)) if transposed else (self.left(t), self.right(t))
+        u, v = u.to(y.dtype), v.to(x.dtype)  # the tensors of a model may differ in dtype
         if self.family.hadamard:
             n = 1 << (max(x.shape[1], y.shape[1]) - 1).bit_length()
             padded = x.new_zeros(x.shape[0], n)

@@ -156,7 +156,7 @@ def _formed_product(
             w = weight[start:stop]
             if draw is not None:
                 if id(draw) not in blocks:
-                    blocks[id(draw)] = draw.block(t, start, stop)
+                    blocks[id(draw)] = draw.block(t, start, stop).to(weight.dtype)
                 w = torch.add(w, blocks[id(draw)], alpha=scale)
             if conv1d:
                 y.addmm_(x[:, start:stop], w)
@@ -223,7 +223,7 @@ def _one_run_a_copy(
             if draw is not None:
                 for name, t in own.items():
                     weight = parameters[name]
-                    z = draw.dense(t).view(weight.shape)
+                    z = draw.dense(t).view(weight.shape).to(weight.dtype)
                     module._parameters[name] = torch.add(weight, z, alpha=scale)
             else:
                 module._parameters.update(parameters)
