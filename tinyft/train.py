@@ -241,10 +241,13 @@ class _Session:
 
     def train(self, method: Any) -> None:
         from tinyft.cost import FlopMeter
+        from tinyft.losses import check_head
 
         optimizer = self.optimizer = method.attach(self.model, self.config)
         self.model.train(method.uses_gradients)
         with self.meter.phase("restore"):
+            if self.loaded.kind == "causal":
+                check_head(self.model)  # once, here, so that no step's FLOPs include it
             start = self.restore(optimizer)
         if start > self.total:
             raise InputError(
@@ -445,9 +448,10 @@ def _explained(folder: OutputFolder | None, config: TrainConfig) -> Iterator[Non
                 f"tinyft train --output {folder.directory} --resume"
             ) from error
         if _is_out_of_memory(error):
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BudgetError(
                 f"{config.method} on {config.model} with batches of {config.batch_size} does not "
-                f"fit the memory ({str(error).splitlines()[0]}). Try a smaller --batch-size (with "
+                f"fit the memory ({reason}). Try a smaller --batch-size (with "
                 f"--grad-accumulation for the same result), --checkpointing full, --dtype "
                 f"bfloat16, --base-bits 4 with lora, or --method mezo."
             ) from error

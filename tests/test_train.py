@@ -1,0 +1,405 @@
+"""The loop: what it computes, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinyft
+from tinyft import train as loop
+from tinyft.checkpoint import RunState
+from tinyft.config import TrainConfig
+from tinyft.data import Batches, encode, pad_id, read_examples
+from tinyft.errors import BudgetError, InputError
+from tinyft.evaluate import evaluate
+from tinyft.models import load
+from tinyft.plots import smooth
+from tinyft.progress import Reporter
+from tinyft.schedule import SavingClock, learning_rate, step_seed
+
+METHODS = ("lora", "full", "mezo")
+MEASURED = (
+    *("peak_memory_bytes", "loaded_memory_bytes", "flops", "wall_s", "steps"),
+    *("step_s_median", "tokens_per_s"),
+)
+PNG = b"\x89PNG"
+
+
+def rows(n):
+    return [
+        {
+            "prompt": f"The film was {'great' if i % 2 else 'a bore'} {'x' * (i % 5)}. It was",
+            "choices": [" terrible", " great"],
+            "answer": i % 2,
+        }
+        for i in range(n)
+    ]
+
+
+def write(path, items):
+    path.write_text("".join(json.dumps(row) + "\n" for row in items))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are too small to share between threads
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def configured(tiny_model_dir, tmp_path):
+    """`configured(method, **fields)` -> a TrainConfig of a small run, its files made."""
+    base = str(tiny_model_dir("llama"))
+
+    def make(method="full", **fields):
+        values = {
+            "model": base,
+            "data": write(tmp_path / "train.jsonl", rows(24)),
+            "eval_data": write(tmp_path / "dev.jsonl", rows(6)),
+            "method": method,
+            "output": str(tmp_path / "out"),
+            "steps": 4,
+            "batch_size": 4,
+            "lr": 1e-3,
+            **fields,
+        }
+        return TrainConfig.build(values)
+
+    return make
+
+
+class Notes(Reporter):
+    def __init__(self):
+        self.steps, self.scores, self.ended = [], [], 0
+
+    def step(self, step):
+        self.steps.append(step)
+
+    def evaluation(self, when, metrics):
+        self.scores.append(when)
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_a_model_a_report_and_a_plot(configured, tmp_path, method):
+    config, notes = configured(method, eval_every=2), Notes()
+    result = loop.run(config, notes)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(json.dumps(result.report))
+    assert all(report["measured"][name] > 0 for name in MEASURED), report["measured"]
+    assert report["measured"]["steps"] == 4 == len(report["train"]["loss"])
+    assert report["measured"]["peak_memory_bytes"] >= report["measured"]["loaded_memory_bytes"]
+    assert all(math.isfinite(loss) for loss in report["train"]["loss"])
+    assert report["eval"]["between"].keys() == {"2"}
+    assert notes.scores == ["before", "step 2", "after"] and notes.ended == 1
+    assert [step.step for step in notes.steps] == [1, 2, 3, 4]
+    assert (out / "loss.png").read_bytes().startswith(PNG)
+    assert TrainConfig.build(tinyft.config.read_yaml(out / "config.yaml")).flat() == {
+        **config.flat(),
+        "output": None,
+    }
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4]
+    assert not {"run.json", "checkpoint"} & {path.name for path in out.iterdir()}
+    # What was scored after training is what anybody loads from the folder.
+    loaded = load(out)
+    held_out = encode(read_examples(config.eval_data), loaded.tokenizer, max_length=512)
+    scored = evaluate(loaded.model, loaded.tokenizer, held_out, batch_size=4)
+    assert scored["loss"] == pytest.approx(report["eval"]["after"]["loss"], abs=1e-5)
+    assert result.report["eval"]["after"] != result.report["eval"]["before"]
+
+
+def test_full_equals_a_plain_torch_loop(configured):
+    """Against torch's AdamW, transformers' own loss head, and a learning rate by hand."""
+    result = loop.run(configured("full", warmup=1, weight_decay=0.1, output=None))
+    config = configured("full", warmup=1, weight_decay=0.1, output=None)
+    loaded = load(config.model)
+    model = loaded.model.train()
+    encoded = encode(read_examples(config.data), loaded.tokenizer, max_length=512)
+    batches = Batches(encoded, 4, seed=0, pad_id=pad_id(loaded.tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    losses = []
+    for step in range(4):
+        batch = batches[step]
+        optimizer.param_groups[0]["lr"] = [1e-3, 1e-3, 7.5e-4, 2.5e-4][step]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        last = logits[torch.arange(4), batch.attention_mask.sum(1) - 1]
+        loss = torch.nn.functional.cross_entropy(last.gather(1, batch.choice_ids), batch.answers)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert result.report["train"]["loss"] == pytest.approx(losses, rel=1e-4)
+
+
+def test_learning_rate(configured):
+    config = configured(lr=2.0, warmup=2, schedule="cosine")
+    rates = [learning_rate(step, 6, config) for step in range(6)]
+    cosine = [1 + math.cos(math.pi * k / 4) for k in range(4)]
+    assert rates == pytest.approx([1.0, 2.0, *cosine])
+    constant = configured(lr=2.0, warmup=2, schedule="constant")
+    assert [learning_rate(step, 6, constant) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(seed, step) for seed in range(20) for step in range(100)}
+    assert len(seeds) == 2000 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_saving_clock(monkeypatch):
+    clock = SavingClock(3)
+    assert [step for step in range(1, 10) if clock.due(step)] == [3, 6, 9]
+    now = [0.0]
+    monkeypatch.setattr("tinyft.schedule.monotonic", lambda: now[0])
+    clock = SavingClock(None)
+    now[0] = 19.0
+    assert not clock.due(1)
+    now[0] = 20.0
+    assert clock.due(2)
+    clock.saved(10.0)  # a slow disk: at most one part in twenty of the time
+    now[0] = 219.0
+    assert not clock.due(3)
+    now[0] = 220.0
+    assert clock.due(4)
+
+
+def test_smooth_keeps_constants_and_lines():
+    assert smooth([2.0] * 9, 4) == pytest.approx([2.0] * 9)
+    assert smooth([float(i) for i in range(9)], 4)[2:-2] == pytest.approx([2, 3, 4, 5, 6])
+
+
+# Going on.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_existing_run_is_neither_lost_nor_mixed(configured, tmp_path, method):
+    report = loop.run(configured(method)).report
+    with pytest.raises(InputError, match="finished run: --resume prints its report, --overwrite"):
+        loop.run(configured(method))
+    assert loop.run(configured(method, resume=True)).report["train"] == report["train"]
+    with pytest.raises(InputError, match=r"lr was 0\.001, is 0\.5; seed was 0, is 3"):
+        loop.run(configured(method, resume=True, lr=0.5, seed=3))
+    again = loop.run(configured(method, overwrite=True, seed=3)).report
+    assert again["train"] != report["train"]
+
+
+def test_bad_input_with_overwrite_costs_nothing(configured, tmp_path):
+    loop.run(configured())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(InputError, match=r"nothing\.jsonl does not exist"):
+        loop.run(configured(overwrite=True, data=str(tmp_path / "nothing.jsonl")))
+    with pytest.raises(InputError, match="There is no model"):
+        loop.run(configured(overwrite=True, model=str(tmp_path / "no" / "such" / "model")))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_somebody_elses_folder_is_left_alone(configured, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    for fields in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match=r"not a run's \(thesis\.tex"):
+            loop.run(configured(**fields))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        loop.run(configured(output=str(tmp_path / "file")))
+
+
+def test_overwrite_removes_the_run_and_nothing_else(configured, tmp_path):
+    loop.run(configured("lora"))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    loop.run(configured("full", overwrite=True))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"notes.txt", "model.safetensors"} <= names
+    assert not {"adapter_model.safetensors", "steps.seedlog"} & names
+
+
+def test_one_writer_at_a_time(configured, tmp_path):
+    folder = tinyft.output.OutputFolder(tmp_path / "out")
+    folder.open(configured())
+    with pytest.raises(InputError, match="Another process is writing"):
+        loop.run(configured())
+    folder.close()
+    assert not (tmp_path / "out").exists()  # nothing was written, nothing is left
+    loop.run(configured())
+
+
+def test_changed_data_are_refused(configured, monkeypatch, tmp_path):
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(configured("lora", checkpoint_every=1))
+    monkeypatch.undo()
+    config = configured("lora", checkpoint_every=1, resume=True)
+    write(tmp_path / "dev.jsonl", rows(7))
+    with pytest.raises(InputError, match=r"dev\.jsonl has changed since the run"):
+        loop.run(config)
+
+
+def stop_after(monkeypatch, steps):
+    """Break off, as a kill would, at the start of a step."""
+    step = loop._Session.step
+
+    def stopping(self, optimizer, flops, number):
+        if number == steps:
+            raise KeyboardInterrupt
+        return step(self, optimizer, flops, number)
+
+    monkeypatch.setattr(loop._Session, "step", stopping)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_books_add_up_over_a_resume(configured, monkeypatch, tmp_path, method):
+    whole = loop.run(configured(method, output=str(tmp_path / "whole"))).report
+    stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(configured(method, checkpoint_every=2))
+    monkeypatch.undo()
+    report = loop.run(configured(method, checkpoint_every=2, resume=True)).report
+    assert report["train"] == whole["train"]
+    assert report["eval"] == whole["eval"]
+    assert report["measured"]["flops"] == whole["measured"]["flops"]
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    walls = [json.loads(line)["wall_s"] for line in lines]
+    assert walls == sorted(walls) and len(walls) == 4
+
+
+def test_a_longer_constant_run_goes_on(configured, tmp_path):
+    whole = loop.run(configured("mezo", steps=6, output=str(tmp_path / "whole")))
+    loop.run(configured("mezo", steps=4))
+    longer = loop.run(configured("mezo", steps=6, resume=True))
+    assert longer.report["train"] == whole.report["train"]
+    log = [(tmp_path / name / "steps.seedlog").read_bytes() for name in ("whole", "out")]
+    assert log[0] == log[1]
+    with pytest.raises(InputError, match="already done 6 steps"):
+        loop.run(configured("mezo", steps=5, resume=True))
+    assert (tmp_path / "out" / "steps.seedlog").read_bytes() == log[0]
+
+
+def test_a_longer_run_of_a_gradient_method(configured):
+    loop.run(configured("lora", schedule="constant"))
+    with pytest.raises(InputError, match="state of its optimizer is gone"):
+        loop.run(configured("lora", schedule="constant", steps=6, resume=True))
+    with pytest.raises(InputError, match="cosine schedule depends"):
+        loop.run(configured("lora", schedule="cosine", steps=6, resume=True))
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_finite(configured, monkeypatch, tmp_path, method):
+    objective = tinyft.losses.objective
+
+    def failing(name):
+        calls = []
+
+        def losses(model, batch):
+            calls.append(1)
+            found = objective(name)(model, batch)
+            return found * float("nan") if len(calls) > 12 else found
+
+        return losses
+
+    monkeypatch.setattr(tinyft.losses, "objective", failing)
+    config = configured(method, checkpoint_every=1, steps=50)
+    with pytest.raises(InputError, match=r"loss at step .* is nan.* Lower --lr"):
+        loop.run(config)
+    out = tmp_path / "out"
+    if method == "mezo":
+        assert (out / "steps.seedlog").exists()
+    else:
+        state = RunState.load(out / "checkpoint")
+        assert state.step >= 3
+        assert all(tensor.isfinite().all() for tensor in state.weights.values())
+    assert not (out / "report.json").exists()
+    with pytest.raises(InputError, match="has not finished"):
+        load(out)
+
+
+def test_a_full_disk_keeps_the_checkpoint(configured, monkeypatch, tmp_path):
+    whole = loop.run(configured("full", output=str(tmp_path / "whole")))
+    save, saved = RunState.save, []
+
+    def full(self, directory):
+        if saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(self.step)
+        save(self, directory)
+
+    monkeypatch.setattr(RunState, "save", full)
+    with pytest.raises(InputError) as caught:
+        loop.run(configured("full", checkpoint_every=2))
+    assert "no room" in str(caught.value) and "checkpoint of step 2 is intact" in str(caught.value)
+    assert f"tinyft train --output {tmp_path / 'out'} --resume" in str(caught.value)
+    monkeypatch.undo()
+    resumed = loop.run(configured("full", checkpoint_every=2, resume=True))
+    assert resumed.report["train"] == whole.report["train"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes")],
+)
+def test_out_of_memory_is_a_budget_error(configured, monkeypatch, error):
+    def step(self, *a):
+        raise error
+
+    monkeypatch.setattr(loop._Session, "step", step)
+    with pytest.raises(BudgetError, match=r"does not fit the memory.*--batch-size"):
+        loop.run(configured())
+
+
+def test_adapters_are_needed_for_a_packed_base(configured):
+    with pytest.raises(InputError, match="keeps the base frozen"):
+        configured("full", base_bits=4)
+
+
+# As a library.
+
+
+def test_fit_on_rows_and_a_model_in_memory(tiny_model_dir):
+    loaded = load(tiny_model_dir("gpt2"))
+    result = tinyft.fit(
+        (loaded.model, loaded.tokenizer),
+        rows(8),
+        method="lora",
+        eval_data=rows(4),
+        steps=2,
+        rank=2,
+        quiet=True,
+    )
+    assert result.model is loaded.model and result.output is None
+    assert not result.model.training
+    assert len(result.report["train"]["loss"]) == 2
+    with pytest.raises(InputError, match="give \\(model, tokenizer\\)"):
+        tinyft.fit(loaded.model, rows(8), method="lora", quiet=True)
+
+
+def test_fit_on_an_encoder(tiny_model_dir, tmp_path):
+    folder = tiny_model_dir("bert")
+    out = tmp_path / "out"
+    data = write(tmp_path / "train.jsonl", rows(8))
+    result = tinyft.fit(folder, data, method="full", steps=2, quiet=True, output=out)
+    assert load(out).model.config.id2label == {0: "terrible", 1: "great"}
+    assert result.report["eval"]["before"] is None
+
+
+def test_fit_names_bad_arguments():
+    with pytest.raises(InputError, match=r"batchsize is not known .did you mean batch_size"):
+        tinyft.fit("m", "d.jsonl", batchsize=3)
+
+
+def test_data_may_be_a_path_object(tiny_model_dir, tmp_path):
+    write(tmp_path / "train.jsonl", rows(8))
+    data = Path(tmp_path / "train.jsonl")
+    assert tinyft.fit(tiny_model_dir("llama"), data, method="mezo", steps=1, quiet=True).report
