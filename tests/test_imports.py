@@ -22,6 +22,7 @@ LAYERS = [
     ["tinyft.encoding", "tinyft.batches", "tinyft.data", "tinyft.losses"],
     [
         *("tinyft.assets", "tinyft.references", "tinyft.adapters", "tinyft.models"),
+        "tinyft.prefix",
         *("tinyft.zeroth", "tinyft.gradient", "tinyft.optim"),
     ],
     ["tinyft.config", "tinyft.schedule", "tinyft.evaluate", "tinyft.trainer"],

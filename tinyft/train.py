@@ -19,7 +19,7 @@ from tinyft.config import TrainConfig
 from tinyft.errors import BudgetError, InputError
 from tinyft.inputs import pick_device, read_source
 from tinyft.interrupt import Stopped, StopSignals
-from tinyft.memory import PeakMeter, human
+from tinyft.memory import PeakMeter, human, trim
 from tinyft.output import OutputFolder
 from tinyft.progress import Reporter, Step, TensorBoardReporter, check_tensorboard
 from tinyft.report import build_report
@@ -123,6 +123,7 @@ class _Session:
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         device = str(next(self.model.parameters()).device)
         self.meter = PeakMeter(device)
+        trim()  # what loading freed is no part of the model
         loaded_bytes = self.meter.now_bytes()
         self.reporter.info(
             f"{config.model}: {sum(p.numel() for p in self.model.parameters()):,} parameters, "

@@ -1,0 +1,72 @@
+"""Peaks against allocations of known size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinyft import memory
+from tinyft.memory import PeakMeter, human, resident_bytes
+
+MIB = 1 << 20
+
+
+def touch(n_mib):
+    """Allocate and write, so that the pages are resident."""
+    return torch.ones(n_mib * MIB // 4)
+
+
+def test_phases_have_their_own_peaks():
+    meter = PeakMeter()
+    with meter.phase("train"):
+        base = meter.now_bytes()
+        held = touch(40)
+        with meter.phase("eval"):
+            touch(80)
+        inner = meter.peak_bytes("train")
+        del held
+    assert meter.source == "VmHWM"
+    assert inner - base == pytest.approx(40 * MIB, abs=8 * MIB)
+    assert meter.peaks["eval"] - base == pytest.approx(120 * MIB, abs=8 * MIB)
+    assert meter.peaks["train"] - base == pytest.approx(40 * MIB, abs=8 * MIB)
+
+
+def test_a_peak_is_seen_after_it_has_gone():
+    meter = PeakMeter()
+    with meter.phase("train"):
+        before = meter.peak_bytes()
+        touch(64)
+        assert meter.peak_bytes() - before == pytest.approx(64 * MIB, abs=8 * MIB)
+        assert meter.now_bytes() - before < 8 * MIB
+
+
+def test_without_the_kernels_mark_it_samples_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no" / "such" / "file")
+    meter = PeakMeter()
+    assert meter.source == "sampled RSS"
+    with meter.phase("train"):
+        before = meter.now_bytes()
+        held = touch(64)
+        meter.now_bytes()
+        del held
+        assert meter.peak_bytes() - before == pytest.approx(64 * MIB, abs=8 * MIB)
+
+
+def test_without_proc_psutil_is_asked(monkeypatch, tmp_path):
+    expected = resident_bytes()
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "nothing")
+    assert resident_bytes() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "2 KiB"),
+        (300 * MIB, "300 MiB"),
+        (1503238553, "1.4 GiB"),
+    ],
+)
+def test_human(n_bytes, text):
+    assert human(n_bytes) == text
