@@ -1,0 +1,214 @@
+"""The engine under methods that use gradients: backward, accumulate, clip, update, free.
+
+With neither clipping nor accumulation a parameter is updated as soon as its gradient is complete,
+in the middle of the backward pass, and the gradient is freed: gradients are never all alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyft.activations import MODES, keeping
+from tinyft.errors import InputError
+from tinyft.optim.base import Optimizer, call_per_example, check_finite
+from tinyft.updates import update_rule
+
+
+class GradientOptimizer(Optimizer):
+    """Steps along the gradient of `parameters` of `model`. `LoRA` and `Full` choose those.
+
+    Args:
+        model: runs inside the closure; known here to find its blocks.
+        parameters: (name, parameter) pairs.
+        lr: learning rate.
+        weight_decay: decoupled.
+        optimizer: `"adamw"`, `"sgd"` or `"adamw8bit"`.
+        betas, eps: of AdamW.
+        grad_clip: largest norm of the whole gradient, or None. A number here keeps all gradients
+            in memory at once.
+        grad_accumulation: parts that a step's batch is run in; needs `step(closure, batch)`.
+        checkpointing: what is recomputed in the backward pass: `"none"`, `"selective"` (what is
+            cheap; same bits) or `"full"` (each block). See `tinyft/activations.py`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        grad_clip: float | None = None,
+        grad_accumulation: int = 1,
+        checkpointing: str = "selective",
+    ) -> None:
+        if checkpointing not in MODES:
+            raise InputError(
+                f"There is no checkpointing {checkpointing!r}. Choose from: {', '.join(MODES)}."
+            )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(list(parameters), defaults)
+        self.model, self.rule = model, update_rule(optimizer)
+        self.grad_clip, self.grad_accumulation = grad_clip, grad_accumulation
+        self.checkpointing = checkpointing
+        self.steps = 0
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[..., Tensor] | None = None, batch: Any = None
+    ) -> Tensor | None:
+        """See `Optimizer.step`. Without a closure: a step along the gradients that are there (as
+        trainers that call `backward` themselves have it), which are then freed; returns None."""
+        if closure is None:
+            self._update_all()
+            return None
+        for _, parameter in self._named():
+            parameter.grad = None
+        parts = [None] if batch is None else _split(batch, self.grad_accumulation)
+        total = 0.0
+        for part in parts:
+            with torch.enable_grad(), keeping(self.model, self.checkpointing):
+                if part is None:
+                    loss = closure()
+                else:
+                    share = _size(part) / _size(batch) if len(parts) > 1 else 1.0
+                    loss = call_per_example(closure, part).mean() * share
+            check_finite(loss.detach(), self.steps + 1)
+            self._backward(loss, is_last=part is parts[-1])
+            total = total + loss.detach().float()
+        self._update_all()
+        return total
+
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        """Gradients of `loss`, each used at once where possible."""
+        if not loss.requires_grad:
+            if any(parameter.grad is not None for _, parameter in self._named()):
+                return  # the closure went backward itself and returned a detached loss
+            raise InputError(
+                "The loss does not depend on any trainable parameter by a gradient. Accuracy and "
+                "F1 have none: minimise those with a zeroth-order method (--method mezo)."
+            )
+        if is_last and self.grad_clip is None:
+            with self._updating():
+                loss.backward()
+        else:
+            loss.backward()
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Meanwhile, a parameter whose gradient is complete is updated and its gradient freed."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._use(p, group))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _use(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Update `parameter` by its gradient, and free that."""
+        if parameter not in self.state:
+            self.state[parameter] = self.rule.start(parameter)
+        self.rule.step(parameter, parameter.grad, self.state[parameter], group)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _update_all(self) -> None:
+        """Use up the gradients that are still there."""
+        grads = [p.grad for _, p in self._named() if p.grad is not None]
+        if grads and self.grad_clip is not None:
+            norm = torch.nn.utils.get_total_norm(grads)
+            check_finite(norm, self.steps + 1)
+            for grad in grads:
+                grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        del grads
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._use(parameter, group)
+        self.steps += 1
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
+
+    # Resuming.
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and counts as `"<parameter>/<kind>"`, and the step."""
+        tensors = {
+            f"{name}/{kind}": tensor
+            for name, parameter in self._named()
+            for kind, tensor in self.state.get(parameter, {}).items()
+        }
+        return {**tensors, "steps": torch.tensor(self.steps)}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        rest = dict(tensors)
+        self.steps = int(rest.pop("steps", 0))
+        for name, parameter in self._named():
+            state = self.rule.start(parameter)
+            if not all(f"{name}/{kind}" in rest for kind in state):
+                continue  # a parameter that had no gradient yet
+            for kind, tensor in state.items():
+                tensor.copy_(rest.pop(f"{name}/{kind}"))
+            self.state[parameter] = state
+        if rest:
+            raise InputError(
+                f"The saved optimizer state does not fit: {', '.join(list(rest)[:3])} belong to no "
+                f"parameter of this run. Resume with the --method and --optimizer it began with."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, but state keeps its dtype (torch would cast 8-bit codes to floats)."""
+        rest = {key: value for key, value in state_dict.items() if key != "steps"}
+        super().load_state_dict({**rest, "state": {}})
+        self.steps = state_dict.get("steps", 0)
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, (_, parameter) in zip(indices, self._named(), strict=True):
+            if (saved := state_dict["state"].get(index)) is not None:
+                state = self.rule.start(parameter)
+                for kind, tensor in state.items():
+                    tensor.copy_(saved[kind])
+                self.state[parameter] = state
+
+
+def _size(batch: Any) -> int:
+    """Examples in a `Batch`, or in a dict or tuple of tensors."""
+    if hasattr(batch, "size") and not isinstance(batch, Tensor):
+        return batch.size
+    return len(_tensors(batch)[0])
+
+
+def _split(batch: Any, parts: int) -> list[Any]:
+    """At most `parts` batches of consecutive examples."""
+    if parts == 1:
+        return [batch]
+    if hasattr(batch, "split") and not isinstance(batch, Tensor):
+        return batch.split(parts)
+    pieces = [t.tensor_split(min(parts, _size(batch))) for t in _tensors(batch)]
+    rows = list(zip(*pieces, strict=True))
+    if isinstance(batch, Mapping):
+        return [dict(zip(batch, row, strict=True)) for row in rows]
+    return list(rows) if isinstance(batch, (tuple, list)) else [row[0] for row in rows]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]

@@ -1,0 +1,75 @@
+"""Full fine-tuning: every parameter, along its gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tinyft.gradient import GradientOptimizer
+from tinyft.losses import check_head
+from tinyft.optim.base import register
+
+
+@register("full")
+class Full(GradientOptimizer):
+    """Every parameter of a model that requires a gradient.
+
+    Gradients are used and freed during the backward pass, so memory is weights, moments and
+    activations. `optimizer="adamw8bit"` quarters the moments, `"sgd"` has none. The other
+    arguments are `GradientOptimizer`'s.
+
+    Example:
+        >>> optimizer = tinyft.Full(model, lr=2e-5)
+        >>> for batch in batches:
+        ...     loss = optimizer.step(lambda: model(**batch).loss)
+    """
+
+    needs = "all"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 2e-5,
+        *,
+        weight_decay: float = 0.0,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        grad_clip: float | None = None,
+        grad_accumulation: int = 1,
+        checkpointing: str = "selective",
+    ) -> None:
+        super().__init__(
+            model,
+            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+            lr,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            betas=betas,
+            eps=eps,
+            grad_clip=grad_clip,
+            grad_accumulation=grad_accumulation,
+            checkpointing=checkpointing,
+        )
+
+    @classmethod
+    def attach(cls, model: nn.Module, config: Any) -> Full:
+        model.requires_grad_(True).train()
+        check_head(model)
+        return cls(
+            model,
+            config.lr,
+            weight_decay=config.weight_decay,
+            optimizer=config.optimizer,
+            grad_clip=config.grad_clip,
+            grad_accumulation=config.grad_accumulation,
+            checkpointing=config.checkpointing,
+        )
+
+    def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
+        from tinyft.models import save_model
+
+        save_model(model, tokenizer, directory)
+        return "model"

@@ -1,0 +1,101 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters, along their gradient.
+
+The adapters themselves, and PEFT's files, are in `tinyft/adapters.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tinyft.adapters import LoRALinear, adapters, inject, load_adapter, merge, remove, save_adapter
+from tinyft.gradient import GradientOptimizer
+from tinyft.losses import check_head
+from tinyft.optim.base import register
+
+__all__ = ["LoRA", "LoRALinear", "inject", "load_adapter", "merge", "remove", "save_adapter"]
+
+
+@register("lora")
+class LoRA(GradientOptimizer):
+    """Adapters on the linear layers of a model, whose own weights stay frozen (in 16, 8 or 4 bits).
+
+    A model that has adapters already (`tinyft.adapters.load_adapter`) keeps them and goes on from
+    there; `rank`, `alpha`, `targets`, `dropout` and `seed` are for new ones. The other arguments
+    are `GradientOptimizer`'s.
+
+    Args:
+        rank, alpha: the update is `alpha / rank * B A`, of this rank.
+        targets: `"all-linear"`, `"attention"`, or names of layers.
+        dropout: before the adapters.
+        seed: of their initialisation.
+
+    Example:
+        >>> optimizer = tinyft.LoRA(model, lr=2e-4, rank=8)
+        >>> for batch in batches:
+        ...     loss = optimizer.step(lambda: model(**batch).loss)
+        >>> tinyft.adapters.save_adapter(model, "adapter", "owner/base-model")
+    """
+
+    needs = "lora"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 2e-4,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        targets: str | Sequence[str] = "all-linear",
+        dropout: float = 0.0,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        grad_clip: float | None = None,
+        grad_accumulation: int = 1,
+        checkpointing: str = "selective",
+    ) -> None:
+        if not adapters(model):
+            inject(model, rank, alpha, dropout, targets, seed)
+        super().__init__(
+            model,
+            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+            lr,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            betas=betas,
+            eps=eps,
+            grad_clip=grad_clip,
+            grad_accumulation=grad_accumulation,
+            checkpointing=checkpointing,
+        )
+
+    @classmethod
+    def attach(cls, model: nn.Module, config: Any) -> LoRA:
+        model.train()
+        check_head(model)
+        return cls(
+            model,
+            config.lr,
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=config.lora_targets,
+            dropout=config.dropout,
+            seed=config.seed,
+            weight_decay=config.weight_decay,
+            optimizer=config.optimizer,
+            grad_clip=config.grad_clip,
+            grad_accumulation=config.grad_accumulation,
+            checkpointing=config.checkpointing,
+        )
+
+    def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
+        save_adapter(model, directory, base)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        return "adapter"
