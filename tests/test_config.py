@@ -88,6 +88,7 @@ def test_what_is_missing():
         ({"method": "lora", "trainable": "all"}, "lora trains lora"),
         ({"method": "lora", "objective": "f1"}, "--objective f1 has no gradient"),
         ({"method": "full", "base_bits": 4}, "--base-bits 4 keeps the base frozen"),
+        ({"method": "mezo", "base_bits": 8}, "--base-bits 8 keeps the base frozen"),
         ({"method": "full", "resume": True, "overwrite": True}, "exclude each other"),
         ({"method": "full", "lr": "fast"}, "--lr fast: must be a valid number"),
         ({"method": "full", "schedule": "linear"}, "--schedule linear: must be 'constant' or"),

@@ -197,10 +197,10 @@ class TrainConfig(BaseModel):
                 f"{method.name} cannot train {self.trainable}: {spell('trainable')} is one of "
                 f"{', '.join(method.default_lr)}"
             )
-        if self.base_bits < 16 and self.trainable == "all" and method.uses_gradients:
+        if self.base_bits < 16 and self.trainable == "all":
             problems.append(
                 f"{spell('base_bits')} {self.base_bits} keeps the base frozen, and {method.name} "
-                f"trains it: use lora, or leave {spell('base_bits')} at 16"
+                f"trains it: train adapters (lora), or leave {spell('base_bits')} at 16"
             )
         if self.objective in ("accuracy", "f1") and method.uses_gradients:
             problems.append(
