@@ -26,7 +26,15 @@ def problems(**values):
 
 
 def test_strings_are_converted():
-    config = build(method="mezo", steps="20", lr="1e-6", eps="1e-2", exact="true", base_bits="8")
+    config = build(
+        method="mezo",
+        steps="20",
+        lr="1e-6",
+        eps="1e-2",
+        exact="true",
+        base_bits="8",
+        trainable="lora",
+    )
     assert (config.steps, config.lr, config.base_bits) == (20, 1e-6, 8)
     assert (config.options.eps, config.options.exact) == (1e-2, True)
     assert isinstance(config.options, METHODS["mezo"].Options)
