@@ -18,6 +18,7 @@ LAYERS = [
     ["tinyft.errors"],
     ["tinyft.kernels", "tinyft.cost", "tinyft.memory", "tinyft.interrupt"],
     ["tinyft.checkpoint", "tinyft.packing", "tinyft.activations", "tinyft.updates"],
+    ["tinyft.heap"],
     ["tinyft.sources", "tinyft.examples", "tinyft.chat"],
     ["tinyft.encoding", "tinyft.batches", "tinyft.data", "tinyft.losses"],
     [
