@@ -17,8 +17,10 @@ FOLDERS = {"tinyft": ROOT / "tinyft", "tinyft.kernels": ROOT / "kernels"}
 LAYERS = [
     ["tinyft.errors"],
     ["tinyft.kernels", "tinyft.cost", "tinyft.memory", "tinyft.interrupt"],
-    ["tinyft.checkpoint", "tinyft.packing", "tinyft.activations", "tinyft.updates"],
-    ["tinyft.heap"],
+    [
+        *("tinyft.checkpoint", "tinyft.heap", "tinyft.packing"),
+        *("tinyft.activations", "tinyft.updates"),
+    ],
     ["tinyft.sources", "tinyft.examples", "tinyft.chat"],
     ["tinyft.encoding", "tinyft.batches", "tinyft.data", "tinyft.losses"],
     [
