@@ -203,11 +203,12 @@ def check_head(model: nn.Module, copies: int = 1) -> HeadPlan:
                     break
             else:
                 plan = HeadPlan(whole=True)
-                log.warning(
-                    "%s: logits cannot be rebuilt from backbone and head; they are made whole, "
-                    "which takes more memory.",
-                    type(model).__name__,
-                )
+                if _head(model) is not None:  # a classifier's few logits are no matter
+                    log.warning(
+                        "%s: logits cannot be rebuilt from backbone and head; they are made "
+                        "whole, which takes more memory.",
+                        type(model).__name__,
+                    )
     finally:
         for module, mode in modes:
             module.training = mode
@@ -310,7 +311,7 @@ def _head_scores(model: nn.Module, batch: Any, position: Tensor, ids: Tensor) ->
     if plan.whole:
         return states.float().flatten(0, 1).gather(1, ids)
     head = _head(model)
-    if torch.is_grad_enabled() and _is_plain(head):
+    if _is_plain(head):
         # Rows of the head for the choices alone, never the vocabulary.
         rows = nn.functional.embedding(ids, head.weight)  # (B * copies, C, D)
         logits = (rows @ states.reshape(-1, states.shape[-1], 1)).squeeze(2).float()

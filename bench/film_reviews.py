@@ -1,0 +1,177 @@
+"""Film-review sentiment, 500 held-out rows: zero-shot, MeZO, MeZO over LoRA, LoRA, full.
+
+    python bench/film_reviews.py [--models smollm2-135m minilm-l6] [--runs runs/film-reviews]
+
+Every row is one `tinyft train` in a process of its own, so that its peak memory is its own. Runs
+that are finished are kept and one that was interrupted resumes; the table, `film_reviews.csv` and
+`film_reviews.png` are made from all reports there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+COMMON = ["--data", "film-reviews:train", "--eval-data", "film-reviews:dev", "--max-length", "128"]
+# model -> seeds, flags, and for every row of the table its own flags.
+PLANS: dict[str, dict] = {
+    "smollm2-135m": {
+        "seeds": [0],
+        "flags": ["--dtype", "bfloat16", "--batch-size", "16"],
+        "rows": {
+            "lora": ["--method", "lora", "--steps", "100", "--lr", "5e-4", "--warmup", "5"],
+            "full": ["--method", "full", "--steps", "100", "--lr", "3e-5", "--warmup", "5"],
+            "mezo": ["--method", "mezo", "--steps", "600", "--lr", "2e-5"],
+            "mezo-lora": [
+                *("--method", "mezo", "--trainable", "lora", "--steps", "600", "--lr", "5e-3"),
+                *("--eps", "1e-2"),
+            ],
+        },
+    },
+    "minilm-l6": {
+        "seeds": [0, 1, 2],
+        "flags": ["--batch-size", "32"],
+        "rows": {
+            "lora": ["--method", "lora", "--steps", "120", "--lr", "2e-3", "--warmup", "5"],
+            "full": ["--method", "full", "--steps", "120", "--lr", "2e-4", "--warmup", "5"],
+            "mezo": ["--method", "mezo", "--steps", "400", "--lr", "1e-4"],
+            "mezo-lora": [
+                *("--method", "mezo", "--trainable", "lora", "--steps", "400", "--lr", "1e-2"),
+                *("--eps", "1e-2"),
+            ],
+        },
+    },
+}
+
+
+def run(model: str, row: str, seed: int, output: Path) -> None:
+    """One `tinyft train`, unless its report is there already."""
+    if (output / "report.json").exists():
+        return
+    plan = PLANS[model]
+    command = [sys.executable, "-m", "tinyft.cli", "train", "--model", model, *COMMON]
+    command += [*plan["flags"], *plan["rows"][row], "--seed", str(seed), "--output", str(output)]
+    command += ["--resume"] if (output / "run.json").exists() else []
+    print("$ tinyft", " ".join(command[3:]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def record(model: str, row: str, seed: int, report: dict) -> dict:
+    """A line of the CSV."""
+    got = report["measured"]
+    passes = {"mezo": 2, "mezo-lora": 2}.get(row)
+    return {
+        "model": model,
+        "method": row,
+        "seed": seed,
+        "accuracy_before": report["eval"]["before"]["accuracy"],
+        "accuracy": report["eval"]["after"]["accuracy"],
+        "loss": report["eval"]["after"]["loss"],
+        "steps": got["steps"],
+        "forward_passes": passes * got["steps"] if passes else "",
+        "wall_s": round(got["wall_s"], 1),
+        "flops": f"{got['flops']:.3e}",
+        "peak_memory_mib": round(got["peak_memory_bytes"] / 2**20),
+        "loaded_memory_mib": round(got["loaded_memory_bytes"] / 2**20),
+        "dtype": report["parameters"]["dtype"],
+    }
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: a row a model and method, accuracies with their spread over seeds."""
+    out = [
+        "| model | method | accuracy | steps | seconds | FLOPs | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(line["model"] for line in lines):
+        ours = [line for line in lines if line["model"] == model]
+        before = [line["accuracy_before"] for line in ours]
+        out.append(f"| {model} | zero-shot | {spread(before)} | 0 | | | |")
+        for method in dict.fromkeys(line["method"] for line in ours):
+            rows = [line for line in ours if line["method"] == method]
+            first = rows[0]
+            seconds = statistics.mean(r["wall_s"] for r in rows)
+            out.append(
+                f"| {model} | {method} | {spread([r['accuracy'] for r in rows])} "
+                f"| {first['steps']} | {seconds:.0f} | {float(first['flops']):.2g} "
+                f"| {max(r['peak_memory_mib'] for r in rows):,} MiB |"
+            )
+    return "\n".join(out)
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return (
+        f"{mean} ± {statistics.stdev(values):.3f} (n = {len(values)})" if len(values) > 1 else mean
+    )
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    """Accuracy against FLOPs, a panel a model."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    figure = Figure(figsize=(5 * len(models), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(models), squeeze=False)[0]
+    for axis, model in zip(axes, models, strict=True):
+        ours = [line for line in lines if line["model"] == model]
+        for method in dict.fromkeys(line["method"] for line in ours):
+            rows = [line for line in ours if line["method"] == method]
+            axis.scatter(
+                [float(r["flops"]) for r in rows],
+                [r["accuracy"] for r in rows],
+                s=[r["peak_memory_mib"] / 10 for r in rows],
+                alpha=0.7,
+                label=method,
+            )
+        before = statistics.mean(line["accuracy_before"] for line in ours)
+        axis.axhline(before, color="0.6", lw=1, ls="--")
+        axis.annotate(
+            "zero-shot",
+            (0.98, before),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="0.4",
+            fontsize=8,
+        )
+        axis.set(xscale="log", title=model, xlabel="FLOPs", ylabel="held-out accuracy")
+        axis.spines[["top", "right"]].set_visible(False)
+        legend = axis.legend(frameon=False, fontsize=8, loc="lower right")
+        for handle in legend.legend_handles:
+            handle.set_sizes([40])
+    figure.suptitle("Film-review sentiment (area: peak memory)", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/film-reviews"))
+    parser.add_argument("--seeds", type=int, help="only the first N seeds of each model")
+    arguments = parser.parse_args()
+    lines = []
+    for model in arguments.models:
+        for seed in PLANS[model]["seeds"][: arguments.seeds]:
+            for row in PLANS[model]["rows"]:
+                output = arguments.runs / f"{model}-{row}-{seed}"
+                run(model, row, seed, output)
+                report = json.loads((output / "report.json").read_text())
+                lines.append(record(model, row, seed, report))
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / "film_reviews.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    plot(lines, RESULTS / "film_reviews.png")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
