@@ -34,9 +34,9 @@ MODES = ("none", "selective", "full")
 
 
 @contextmanager
-def keeping(model: nn.Module, mode: str) -> Iterator[None]:
+def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
     """Run a forward pass inside this; the backward pass may come outside, and may come never."""
-    watch = HeapWatch()
+    watch.trim()
     blocks = _blocks(model)
     for block in blocks:
         block.forward = partial(_run_block, block.forward, watch, mode == "full")
@@ -48,6 +48,7 @@ def keeping(model: nn.Module, mode: str) -> Iterator[None]:
             block.forward = block.forward.args[0]
             if getattr(block.forward, "__func__", None) is type(block).forward:
                 del block.forward  # it was the class's own
+        watch.trim()  # the peak comes next, when the backward pass begins
 
 
 def _blocks(model: nn.Module) -> Sequence[nn.Module]:
@@ -61,11 +62,8 @@ def _run_block(
 ) -> Any:
     """`forward(*args, **kwargs)`, checkpointed if `again`."""
     watch.check()
-    return (
-        checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        if again
-        else forward(*args, **kwargs)
-    )
+    run = partial(checkpoint, forward, use_reentrant=False) if again else forward
+    return run(*args, **kwargs)
 
 
 aten = torch.ops.aten

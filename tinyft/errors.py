@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TinyFTError(Exception):
-    """Base of every error that TinyFT raises on purpose; the command line prints it, no traceback."""
+    """Base of every error that TinyFT raises on purpose; the command line prints just its text."""
 
     exit_code = 1
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyft.activations import MODES, keeping
 from tinyft.errors import InputError
+from tinyft.heap import HeapWatch
 from tinyft.optim.base import Optimizer, call_per_example, check_finite
 from tinyft.updates import update_rule
 
@@ -60,6 +61,7 @@ class GradientOptimizer(Optimizer):
         self.grad_clip, self.grad_accumulation = grad_clip, grad_accumulation
         self.checkpointing = checkpointing
         self.steps = 0
+        self._heap = HeapWatch()
 
     def step(  # type: ignore[override]
         self, closure: Callable[..., Tensor] | None = None, batch: Any = None
@@ -74,7 +76,7 @@ class GradientOptimizer(Optimizer):
         parts = [None] if batch is None else _split(batch, self.grad_accumulation)
         total = 0.0
         for part in parts:
-            with torch.enable_grad(), keeping(self.model, self.checkpointing):
+            with torch.enable_grad(), keeping(self.model, self.checkpointing, self._heap):
                 if part is None:
                     loss = closure()
                 else:
@@ -123,6 +125,7 @@ class GradientOptimizer(Optimizer):
             self.state[parameter] = self.rule.start(parameter)
         self.rule.step(parameter, parameter.grad, self.state[parameter], group)
         parameter.grad = None
+        self._heap.check()
 
     @torch.no_grad()
     def _update_all(self) -> None:

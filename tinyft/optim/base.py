@@ -118,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def open_log(self, path: Path, *, resume: bool) -> int:
-        """For `keeps_log` methods: start (or, to resume, replay) the log; returns steps replayed."""
+        """For `keeps_log` methods: start, or to resume replay, the log; returns steps replayed."""
         raise NotImplementedError
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
