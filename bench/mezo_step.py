@@ -1,0 +1,93 @@
+"""A MeZO step against two forward passes of the same batch: time and memory.
+
+    python bench/mezo_step.py [--model smollm2-135m] [--dtype bfloat16] [--families sign-rank1 ...]
+
+One process, the contenders in turn, medians; every token is labelled, both sides use the same
+chunked loss. Peaks are VmHWM, reset before each contender, over what is resident before it.
+`published` is the exact mode: what the published procedure costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import tinyft
+from tinyft.data import Batch
+from tinyft.losses import objective
+from tinyft.memory import PeakMeter, resident_bytes, reuse_heap
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--families", nargs="+", default=["sign-rank1"])
+    parser.add_argument("--published", action="store_true", help="also the published procedure")
+    arguments = parser.parse_args()
+
+    reuse_heap()
+    model = tinyft.load(arguments.model, dtype=arguments.dtype).model
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    ids = torch.randint(
+        model.config.vocab_size,
+        (arguments.batch, arguments.length),
+        generator=torch.Generator().manual_seed(0),
+    )
+    labels = ids.clone()
+    labels[:, 0] = -100
+    batch = Batch(ids, torch.ones_like(ids), labels, tokens_per_example=arguments.length - 1)
+    lm = objective("lm")
+
+    def losses(part: Batch) -> torch.Tensor:
+        return lm(model, part)
+
+    @torch.no_grad()
+    def two_forward_passes() -> None:
+        losses(batch)
+        losses(batch)
+
+    contenders: dict[str, Callable[[], object]] = {"two forward passes": two_forward_passes}
+    for family in arguments.families:
+        optimizer = tinyft.MeZO(model, lr=1e-9, directions=family)
+        contenders[family] = lambda optimizer=optimizer: optimizer.step(losses, batch)
+    if arguments.published:
+        exact = tinyft.MeZO(model, lr=1e-9, exact=True)
+        contenders["published"] = lambda: exact.step(losses, batch)
+
+    meter, extra = PeakMeter(), {}
+    for name, run in contenders.items():  # the first call also warms up
+        run()
+        with meter.phase(name):
+            before = resident_bytes()
+            run()
+        extra[name] = meter.peaks[name] - before
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(arguments.rounds):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    base = statistics.median(seconds["two forward passes"])
+    print(
+        f"{arguments.model}, {arguments.dtype}, {arguments.batch} x {arguments.length} tokens, "
+        f"{torch.get_num_threads()} threads, median of {arguments.rounds}"
+    )
+    for name in contenders:
+        median = statistics.median(seconds[name])
+        share = (extra[name] - extra["two forward passes"]) / weight_bytes
+        print(
+            f"{name:20} {median:7.3f} s  {median / base:5.2f}x   peak {extra[name] / 2**20:7.1f} "
+            f"MiB over the weights, {share:+.2%} of their bytes over inference's"
+        )
+
+
+if __name__ == "__main__":
+    main()
