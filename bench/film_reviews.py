@@ -27,7 +27,7 @@ PLANS: dict[str, dict] = {
         "rows": {
             "lora": ["--method", "lora", "--steps", "100", "--lr", "5e-4", "--warmup", "5"],
             "full": ["--method", "full", "--steps", "100", "--lr", "3e-5", "--warmup", "5"],
-            "mezo": ["--method", "mezo", "--steps", "600", "--lr", "2e-5"],
+            "mezo": ["--method", "mezo", "--steps", "500", "--lr", "3e-5"],
             "mezo-lora": [
                 *("--method", "mezo", "--trainable", "lora", "--steps", "600", "--lr", "5e-3"),
                 *("--eps", "1e-2"),

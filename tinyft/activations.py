@@ -15,7 +15,7 @@ Measured on SmolLM2-135M, 8 x 128 tokens, float32: see `bench/peft_parity.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +122,9 @@ class Rematerialise(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, dict[Any, _Recipe]]] = {}
         self._held: dict[int, StorageWeakRef] = {}
         self._sweep_at = 64
-        self._last: tuple[_Recipe, Tensor] | None = None  # q, k and v save the same input
+        # What was cooked last, with its intermediates: q, k and v save the same input, a product
+        # and its factor are saved by neighbours.
+        self._cooked: dict[_Recipe, Tensor] = {}
 
     def __enter__(self) -> Rematerialise:
         self._hooks.__enter__()
@@ -193,9 +195,11 @@ class Rematerialise(TorchDispatchMode):
     def _unpack(self, packed: Tensor | _Recipe) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if self._last is None or self._last[0] is not packed:
-            self._last = packed, packed.cook()
-        return self._last[1]
+        if packed not in self._cooked:
+            fresh: dict[_Recipe, Tensor] = {}
+            packed.cook(self._cooked, fresh)
+            self._cooked = fresh
+        return self._cooked[packed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,16 +235,20 @@ class _Recipe:
         return cls(func, operands, spec, leaves, length)
 
     @torch.no_grad()
-    def cook(self) -> Tensor:
+    def cook(self, known: Mapping[_Recipe, Tensor], made: dict[_Recipe, Tensor]) -> Tensor:
+        """The tensor; it and what it is made from are put into `made`."""
+        if self in known or self in made:
+            return made.setdefault(self, known.get(self))
         if any(leaf._version != version for leaf, version in self.leaves):
             raise RuntimeError(
                 "A tensor that the backward pass would compute from was changed in place. Use "
                 'checkpointing="none".'
             )
-        flat = [o.cook() if isinstance(o, _Recipe) else o for o in self.operands]
+        flat = [o.cook(known, made) if isinstance(o, _Recipe) else o for o in self.operands]
         args, kwargs = tree_unflatten(flat, self.spec)
         out = self.func(*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        made[self] = out[0] if isinstance(out, tuple) else out
+        return made[self]
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from tinyft import adapters, prefix
 from tinyft.errors import InputError
+from tinyft.heap import HeapWatch
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
 from tinyft.zeroth.directions import FAMILIES, make_directions
 from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
@@ -155,6 +156,9 @@ class MeZO(Optimizer):
         self._forward = None if exact else PerturbedForward(model, self.parameters)
         self._recent: deque[list[float]] = deque(maxlen=_window(momentum))
         self._scalar_objective = False
+        # Batches of different lengths leave holes in the heap; nothing of a step outlives it, so
+        # a small slack costs few page faults.
+        self._heap = HeapWatch(32 << 20)
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
@@ -178,6 +182,7 @@ class MeZO(Optimizer):
                 check_finite(losses, self.steps_taken)
                 loss, gradients = projected_gradients(self.options.estimator, losses.tolist(), eps)
             self._apply(self.param_groups[0]["lr"], gradients)
+        self._heap.check()
         return torch.tensor(loss, dtype=torch.float32)
 
     def _losses(self, closure: Callable[..., Tensor], batch: Any, groups: list) -> Tensor:
