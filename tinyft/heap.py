@@ -20,11 +20,11 @@ class HeapWatch:
     would bound the holes too, and doubled a step's processor time).
     """
 
-    def __init__(self, slack_bytes: int = SLACK_BYTES) -> None:
-        self._slack_bytes, self._floor = slack_bytes, resident_bytes()
+    def __init__(self) -> None:
+        self._floor = resident_bytes()
 
     def check(self) -> None:
-        if resident_bytes() > self._floor + self._slack_bytes:
+        if resident_bytes() > self._floor + SLACK_BYTES:
             self.trim()
 
     def trim(self) -> None:
