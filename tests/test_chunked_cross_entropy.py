@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy, chunked_cross_entropy_ref
 
 SHAPES = [(1, 1, 2), (7, 5, 11), (13, 8, 193), (64, 24, 257), (3, 16, 1000)]  # (N, D, V)

@@ -19,14 +19,14 @@ from tinyft.zeroth.seed_log import SeedLog
 from tinyft.zeroth.update import update_
 
 
-def tiny_model(architecture):
+def tiny_model(architecture, **changes):
     """A random model whose every parameter matters, in eval mode."""
     auto = transformers.AutoModelForCausalLM
     if architecture == "bert":
         auto = transformers.AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = auto.from_config(config_of(architecture)).eval()
+        model = auto.from_config(config_of(architecture, **changes)).eval()
         for parameter in model.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
     return model
