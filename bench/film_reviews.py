@@ -155,11 +155,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--runs", type=Path, default=Path("runs/film-reviews"))
     parser.add_argument("--seeds", type=int, help="only the first N seeds of each model")
+    parser.add_argument("--rows", nargs="+", help="only these rows, e.g. lora mezo")
     arguments = parser.parse_args()
     lines = []
     for model in arguments.models:
         for seed in PLANS[model]["seeds"][: arguments.seeds]:
-            for row in PLANS[model]["rows"]:
+            for row in arguments.rows or PLANS[model]["rows"]:
                 output = arguments.runs / f"{model}-{row}-{seed}"
                 run(model, row, seed, output)
                 report = json.loads((output / "report.json").read_text())
