@@ -91,7 +91,7 @@ def table(lines: list[dict]) -> str:
     ]
     for model in dict.fromkeys(line["model"] for line in lines):
         ours = [line for line in lines if line["model"] == model]
-        before = [line["accuracy_before"] for line in ours]
+        before = list({line["seed"]: line["accuracy_before"] for line in ours}.values())
         out.append(f"| {model} | zero-shot | {spread(before)} | 0 | | | |")
         for method in dict.fromkeys(line["method"] for line in ours):
             rows = [line for line in ours if line["method"] == method]
