@@ -134,16 +134,16 @@ def plot(lines: list[dict], path: Path) -> None:
         axis.axhline(before, color="0.6", lw=1, ls="--")
         axis.annotate(
             "zero-shot",
-            (0.98, before),
+            (0.02, before),
             xycoords=("axes fraction", "data"),
-            ha="right",
+            ha="left",
             va="bottom",
             color="0.4",
             fontsize=8,
         )
         axis.set(xscale="log", title=model, xlabel="FLOPs", ylabel="held-out accuracy")
         axis.spines[["top", "right"]].set_visible(False)
-        legend = axis.legend(frameon=False, fontsize=8, loc="lower right")
+        legend = axis.legend(frameon=False, fontsize=8, loc="center right")
         for handle in legend.legend_handles:
             handle.set_sizes([40])
     figure.suptitle("Film-review sentiment (area: peak memory)", fontsize=10)

@@ -1,6 +1,5 @@
 """What is recomputed gives the same gradients, bit for bit, and is really not kept."""
 
-
 import pytest
 import torch
 import transformers
