@@ -16,7 +16,8 @@ def build(family, dtype=torch.float32, **changes):
     auto = transformers.AutoModelForCausalLM
     if family == "bert":
         auto = transformers.AutoModelForSequenceClassification
-    return auto.from_config(config_of(family, **changes)).to(dtype)
+    # No dropout: two runs must see the same model.
+    return auto.from_config(config_of(family, **changes)).to(dtype).eval()
 
 
 def run(model, mode):

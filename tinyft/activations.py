@@ -40,10 +40,17 @@ def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
     blocks = _blocks(model)
     for block in blocks:
         block.forward = partial(_run_block, block.forward, watch, mode == "full")
+    # A cache of keys and values is for generating; a block that runs again would fill it again.
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", False)
+    if cached:
+        config.use_cache = False
     try:
         with Rematerialise() if mode == "selective" else nullcontext():
             yield
     finally:
+        if cached:
+            config.use_cache = True
         for block in blocks:
             block.forward = block.forward.args[0]
             if getattr(block.forward, "__func__", None) is type(block).forward:
