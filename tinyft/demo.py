@@ -19,8 +19,8 @@ TRAIN, HELD_OUT = "film-reviews:train", "film-reviews:dev"
 # What fits ten minutes on two cores, scoring and fetching included. By method, or by any other's
 # kind: with gradients, or without.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"steps": 120, "batch_size": 16, "lr": 5e-4, "warmup": 6},
-    "full": {"steps": 80, "batch_size": 16, "lr": 3e-5, "warmup": 6},
+    "lora": {"steps": 80, "batch_size": 16, "lr": 5e-4, "warmup": 4},
+    "full": {"steps": 60, "batch_size": 16, "lr": 3e-5, "warmup": 6},
     "mezo": {"steps": 200, "batch_size": 16, "lr": 1e-5},
 }
 REVIEWS = 4  # shown with the model's opinion
