@@ -275,6 +275,17 @@ def test_books_add_up_over_a_resume(configured, monkeypatch, tmp_path, method):
     assert walls == sorted(walls) and len(walls) == 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_died_before_its_first_step(configured, monkeypatch, tmp_path, method):
+    whole = loop.run(configured(method, output=str(tmp_path / "whole"))).report
+    stop_after(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(configured(method))
+    monkeypatch.undo()
+    report = loop.run(configured(method, resume=True)).report
+    assert report["train"] == whole["train"] and report["eval"] == whole["eval"]
+
+
 def test_a_longer_constant_run_goes_on(configured, tmp_path):
     whole = loop.run(configured("mezo", steps=6, output=str(tmp_path / "whole")))
     loop.run(configured("mezo", steps=4))

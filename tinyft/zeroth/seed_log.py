@@ -96,7 +96,7 @@ class SeedLog:
     def records(self) -> Iterator[tuple[float, list[float]]]:
         """`(lr, projected gradients)` of every step, as the float32 values that were used."""
         data = self.path.read_bytes()[self._offset : self._offset + self.steps * self.record_bytes]
-        for row in np.frombuffer(data, dtype="<f4").reshape(self.steps, -1):
+        for row in np.frombuffer(data, dtype="<f4").reshape(self.steps, self.record_bytes // 4):
             yield float(row[0]), [float(g) for g in row[1:]]
 
 
