@@ -16,16 +16,15 @@ def build(family, dtype=torch.float32, **changes):
     auto = transformers.AutoModelForCausalLM
     if family == "bert":
         auto = transformers.AutoModelForSequenceClassification
-    # No dropout: two runs must see the same model.
-    return auto.from_config(config_of(family, **changes)).to(dtype).eval()
+    return auto.from_config(config_of(family, **changes)).to(dtype)
 
 
 def run(model, mode):
-    """Loss, gradients, and the bytes of distinct storages that autograd still holds."""
+    """Loss and gradients."""
     ids = torch.randint(3, 400, (2, 16), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)  # of dropout
     with keeping(model, mode, HeapWatch()):
-        out = model(input_ids=ids)
-        loss = out.logits.float().square().mean()
+        loss = model(input_ids=ids).logits.float().square().mean()
     wanted = [p for p in model.parameters() if p.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, wanted)]
 
@@ -42,42 +41,83 @@ def test_gradients_are_the_same_bits(family, mode, lora, dtype):
             if hasattr(layer, "lora_B"):
                 nn.init.normal_(layer.lora_B.weight, generator=torch.Generator().manual_seed(2))
     forwards = [module.forward for module in model.modules()]
-    for got, want in zip(run(model, mode), run(model, "none"), strict=True):
-        assert torch.equal(got, want)
+    want = run(model, "none")
+    for ours, plain in zip(run(model, mode), want, strict=True):
+        assert torch.equal(ours, plain)
     assert [module.forward for module in model.modules()] == forwards
 
 
-def held_bytes(forward, mode):
-    """Bytes of the distinct storages that a graph keeps alive, parameters apart."""
-    model = nn.Module()
+class Mlp(nn.Module):
+    """RMSNorm and a gated MLP, as in most language models."""
+
+    def __init__(self, d=32):
+        super().__init__()
+        self.gate, self.up = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, 3 * d, bias=False)
+        self.down, self.weight = nn.Linear(3 * d, d, bias=False), nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        h = self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+def kept_bytes(mode):
+    """Bytes of the distinct storages, weights apart, that a pass of `Mlp` keeps for backward."""
+    model, x = Mlp(), torch.randn(64, 32, requires_grad=True)
     with keeping(model, mode, HeapWatch()):
-        out = forward()
-    storages, seen, todo = {}, set(), [out.grad_fn]
+        loss = model(x).sum()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages, seen, todo = {}, set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         todo += [parent for parent, _ in node.next_functions]
-        for name in dir(node):
-            if name.startswith("_raw_saved"):
-                raw = getattr(node, name)
-                for saved in raw if isinstance(raw, tuple) else (raw,):
-                    value = saved.data
-                    tensors = [value] if isinstance(value, torch.Tensor) else value.tensors()
-                    for tensor in tensors:
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+        for name in (name for name in dir(node) if name.startswith("_raw_saved")):
+            saved = getattr(node, name)
+            kept = saved.data if mode == "selective" else getattr(node, name[4:])
+            leaves = [kept] if isinstance(kept, torch.Tensor) else [t for t, _ in kept.leaves]
+            for tensor in leaves:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(n for address, n in storages.items() if address not in weights)
 
 
-def mlp(n=64, d=32):
-    torch.manual_seed(0)
-    x = torch.randn(n, d, requires_grad=True)
-    up, gate, down = (
-        nn.Linear(d, 2 * d, bias=False),
-        nn.Linear(d, 2 * d, bias=False),
-        nn.Linear(2 * d, d, bias=False),
-    )
-    norm = nn.RMSNorm(d)
-    return x, lambda: down(nn.functional.silu(gate(norm(x))) * up(norm(x))).sum()
+def test_only_what_cannot_be_made_again_is_kept():
+    row = 64 * 4  # bytes of one column of 64 float32
+    # x, gate and up, and the mean square of each row on its way to rsqrt.
+    assert kept_bytes("selective") <= (32 + 96 + 96 + 2) * row
+    # torch: also the normalised x, before and after its weight, silu(gate), and the product.
+    assert kept_bytes("none") >= (32 + 96 + 96 + 32 + 32 + 96 + 96) * row
+
+
+def test_in_place_changes_between_the_passes():
+    """Of a kept operand: torch's own semantics, on the value that was saved. Never a wrong one."""
+    x = torch.randn(64, 32, requires_grad=True)
+    scale = torch.full((64, 32), 2.0)
+    with keeping(nn.Module(), "selective", HeapWatch()):
+        y = x.exp() * scale  # not a leaf of autograd: nothing saves `x` itself
+        loss = (y * y).sum()
+    scale.add_(1)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "in place" in str(error) or "modified" in str(error)
+    else:
+        torch.testing.assert_close(x.grad, 8 * (2 * x.detach()).exp())
+
+
+def test_results_that_are_written_again_are_kept():
+    def grads(mode):
+        x = torch.linspace(0.1, 1, 64).view(2, 32).requires_grad_()
+        with keeping(nn.Module(), mode, HeapWatch()):
+            y = x.exp().clone()  # `y` is saved by the square, after it was written to in place
+            z = (y * 2).mul_(3)
+            with torch.no_grad():
+                scratch = torch.empty(2, 32)
+                torch.mul(x, 2, out=scratch)
+                torch.mul(scratch, scratch, out=scratch)
+            loss = (z * z * scratch).sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    assert torch.equal(grads("selective"), grads("none"))

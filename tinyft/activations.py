@@ -18,14 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from tinyft.heap import HeapWatch
@@ -36,7 +35,6 @@ MODES = ("none", "selective", "full")
 @contextmanager
 def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
     """Run a forward pass inside this; the backward pass may come outside, and may come never."""
-    watch.trim()
     blocks = _blocks(model)
     for block in blocks:
         block.forward = partial(_run_block, block.forward, watch, mode == "full")
@@ -55,7 +53,7 @@ def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
             block.forward = block.forward.args[0]
             if getattr(block.forward, "__func__", None) is type(block).forward:
                 del block.forward  # it was the class's own
-        watch.trim()  # the peak comes next, when the backward pass begins
+        watch.check()  # the peak comes next, when the backward pass begins
 
 
 def _blocks(model: nn.Module) -> Sequence[nn.Module]:
@@ -147,19 +145,17 @@ class Rematerialise(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        operation = func.overloadpacket
-        if operation in _VIEWS:
-            if (recipe := self._recipe_of(args[0])) is not None:
-                self._record(out, _Recipe.of(func, args, kwargs, {args[0]: recipe}))
-        elif operation in _CHEAP:
+        kind = _kind(func)
+        if kind == "view":
+            if self._recipe_of(args[0]) is not None:
+                self._record(out, _Recipe.of(func, args, kwargs, self._recipe_of))
+        elif kind == "cheap":
             result = out[0] if isinstance(out, tuple) else out
             # Statistics of a row, (..., 1), are small: leaves, not worth a recipe.
             if result.dim() and result.shape[-1] > 1:
-                operands = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-                known = {a: r for a in operands if (r := self._recipe_of(a)) is not None}
-                self._record(result, _Recipe.of(func, args, kwargs, known))
-        elif func._schema.is_mutable:
-            for changed in tree_flatten((args, kwargs))[0]:
+                self._record(result, _Recipe.of(func, args, kwargs, self._recipe_of))
+        elif kind == "mutable":
+            for changed in (*args, *(kwargs or {}).values()):
                 if isinstance(changed, Tensor):  # at worst an operand that was only read
                     self._made.pop(changed.untyped_storage()._cdata, None)
         return out
@@ -209,37 +205,51 @@ class Rematerialise(TorchDispatchMode):
         return self._cooked[packed]
 
 
+@cache
+def _kind(func: Any) -> str | None:
+    """What an operation means for recipes: `"mutable"`, `"view"`, `"cheap"`, or None: nothing."""
+    if func._schema.is_mutable:  # in place, or with `out=`
+        return "mutable"
+    packet = func.overloadpacket
+    return "view" if packet in _VIEWS else "cheap" if packet in _CHEAP else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Recipe:
-    """A tensor as the operation that makes it; operands are constants, recipes and tensors.
+    """A tensor as the operation that makes it.
 
     Attributes:
-        leaves: tensors to begin from, each with its version when it was read.
+        args: constants, tensors and recipes, or lists of them; `kwargs` has constants alone.
+        leaves: the tensors to begin from, each with its version when it was read.
         length: operations in total.
     """
 
     func: Callable[..., Any]
-    operands: list[Any]
-    spec: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
     leaves: list[tuple[Tensor, int]]
     length: int
 
     @classmethod
-    def of(cls, func: Any, args: Any, kwargs: Any, known: dict[Tensor, _Recipe]) -> _Recipe:
-        """`func(*args, **kwargs)`, with the recipes of those operands that have one."""
-        flat, spec = tree_flatten((args, kwargs or {}))
-        operands: list[Any] = []
+    def of(cls, func: Any, args: Any, kwargs: Any, find: Callable[..., Any]) -> _Recipe:
+        """`func(*args, **kwargs)`; `find` has the recipes of operands that have one."""
         leaves: list[tuple[Tensor, int]] = []
         length = 1
-        for value in flat:
-            if isinstance(value, Tensor):
-                if (recipe := known.get(value)) is not None:
-                    value, length = recipe, length + recipe.length
-                    leaves += recipe.leaves
-                else:
-                    leaves.append((value, value._version))
-            operands.append(value)
-        return cls(func, operands, spec, leaves, length)
+
+        def operand(value: Any) -> Any:
+            nonlocal length
+            if isinstance(value, (list, tuple)):  # `cat` takes a list of tensors
+                return [operand(item) for item in value]
+            if not isinstance(value, Tensor):
+                return value
+            if (recipe := find(value)) is not None:
+                length += recipe.length
+                leaves.extend(recipe.leaves)
+                return recipe
+            leaves.append((value, value._version))
+            return value
+
+        return cls(func, [operand(value) for value in args], kwargs or {}, leaves, length)
 
     @torch.no_grad()
     def cook(self, known: Mapping[_Recipe, Tensor], made: dict[_Recipe, Tensor]) -> Tensor:
@@ -251,9 +261,13 @@ class _Recipe:
                 "A tensor that the backward pass would compute from was changed in place. Use "
                 'checkpointing="none".'
             )
-        flat = [o.cook(known, made) if isinstance(o, _Recipe) else o for o in self.operands]
-        args, kwargs = tree_unflatten(flat, self.spec)
-        out = self.func(*args, **kwargs)
+
+        def operand(value: Any) -> Any:
+            if isinstance(value, list):
+                return [operand(item) for item in value]
+            return value.cook(known, made) if isinstance(value, _Recipe) else value
+
+        out = self.func(*map(operand, self.args), **self.kwargs)
         made[self] = out[0] if isinstance(out, tuple) else out
         return made[self]
 

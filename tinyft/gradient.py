@@ -19,6 +19,8 @@ from tinyft.heap import HeapWatch
 from tinyft.optim.base import Optimizer, call_per_example, check_finite
 from tinyft.updates import update_rule
 
+_LARGE = 1 << 18  # elements of a gradient worth a look at the heap when it is freed
+
 
 class GradientOptimizer(Optimizer):
     """Steps along the gradient of `parameters` of `model`. `LoRA` and `Full` choose those.
@@ -125,7 +127,8 @@ class GradientOptimizer(Optimizer):
             self.state[parameter] = self.rule.start(parameter)
         self.rule.step(parameter, parameter.grad, self.state[parameter], group)
         parameter.grad = None
-        self._heap.check()
+        if parameter.numel() >= _LARGE:
+            self._heap.check()
 
     @torch.no_grad()
     def _update_all(self) -> None:
