@@ -159,7 +159,9 @@ def save_adapter(model: nn.Module, directory: str | Path, base_ref: str) -> None
         "task_type": _task(model),
         "base_model_name_or_path": base_ref,
         "r": first.rank,
-        "lora_alpha": int(first.alpha) if float(first.alpha).is_integer() else first.alpha,
+        "lora_alpha": _whole(first.alpha),
+        "rank_pattern": {n: m.rank for n, m in layers.items() if m.rank != first.rank},
+        "alpha_pattern": {n: _whole(m.alpha) for n, m in layers.items() if m.alpha != first.alpha},
         "lora_dropout": getattr(first.dropout, "p", 0.0),
         "target_modules": _shortest(model, list(layers)),
         "modules_to_save": heads or None,
@@ -227,11 +229,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
         own[name].copy_(tensor)
     for name, pair in layers.items():
         rank = pair["lora_A"].shape[0]
-        layer = LoRALinear(
-            model.get_submodule(name), rank, _alpha(config, name), config.get("lora_dropout", 0.0)
-        )
-        if config.get("use_rslora"):
-            layer.scale = layer.alpha / math.sqrt(rank)
+        alpha = _alpha(config, name)
+        if config.get("use_rslora"):  # which scales by alpha / sqrt(rank)
+            alpha *= math.sqrt(rank)
+        base = model.get_submodule(name)
+        layer = LoRALinear(base, rank, alpha, config.get("lora_dropout", 0.0))
         for part, tensor in pair.items():
             getattr(layer, part).weight.copy_(tensor)
         layer.train(model.training)
@@ -271,6 +273,11 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"Merge it into its base with PEFT (merge_and_unload) and load the result."
         )
     return config, tensors
+
+
+def _whole(alpha: float) -> float:
+    """An int where it is one, as PEFT writes it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _alpha(config: dict[str, Any], name: str) -> float:

@@ -1,0 +1,162 @@
+"""The gradient engine through `Full`: closures, batches, clipping, freeing, state."""
+
+import copy
+
+import pytest
+import torch
+from test_losses import build
+from torch import nn
+
+import tinyft
+from tinyft.errors import InputError
+
+IDS = torch.randint(3, 400, (4, 9), generator=torch.Generator().manual_seed(0))
+QUIET = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def loss_of(model, ids=IDS):
+    return model(input_ids=ids, labels=ids).loss
+
+
+def per_example(model, ids):
+    logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)
+    return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+
+
+def same(a, b, **tolerance):
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_ways_to_call_a_step_agree():
+    """A closure, a closure and a batch of any kind, a closure that goes backward, gradients."""
+
+    def closure_alone(model, optimizer):
+        return optimizer.step(lambda: loss_of(model))
+
+    def tensor(model, optimizer):
+        return optimizer.step(lambda ids: per_example(model, ids), IDS)
+
+    def mapping(model, optimizer):
+        return optimizer.step(lambda batch: per_example(model, batch["ids"]), {"ids": IDS})
+
+    def pair(model, optimizer):
+        return optimizer.step(lambda batch: per_example(model, batch[0]), (IDS, IDS))
+
+    def torchs_closure(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss.detach()
+
+        return optimizer.step(closure)
+
+    def gradients(model, optimizer):
+        loss = loss_of(model)
+        loss.backward()
+        assert optimizer.step() is None
+        return loss
+
+    reference = build("llama")
+    torchs = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.1)
+    want = loss_of(reference)
+    want.backward()
+    torchs.step()
+    for way in (closure_alone, tensor, mapping, pair, torchs_closure, gradients):
+        for parts in (1, 3):
+            model = build("llama")
+            optimizer = tinyft.Full(model, lr=1e-3, weight_decay=0.1, grad_accumulation=parts)
+            got = way(model, optimizer)
+            torch.testing.assert_close(got.detach(), want.detach(), **QUIET)
+            assert not got.requires_grad or way is gradients
+            # Where a gradient is near 0, AdamW's first step is its sign: hence the tolerance.
+            same(model, reference, rtol=1e-3, atol=2e-4)
+            assert all(p.grad is None for p in model.parameters())
+
+
+def test_clipping_is_torchs():
+    model, reference = build("llama"), build("llama")
+    optimizer = tinyft.Full(model, lr=0.1, optimizer="sgd", grad_clip=0.5)
+    optimizer.step(lambda: loss_of(model))
+    loss_of(reference).backward()
+    assert nn.utils.clip_grad_norm_(reference.parameters(), 0.5) > 0.5
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    same(model, reference, **QUIET)
+
+
+def test_gradients_are_never_all_alive():
+    model = build("llama", num_hidden_layers=6)
+    optimizer = tinyft.Full(model, lr=1e-3)
+    alive, use = [], optimizer._use
+
+    def use_and_count(parameter, group):
+        alive.append(sum(p.grad is not None for p in model.parameters()))
+        use(parameter, group)
+
+    optimizer._use = use_and_count
+    optimizer.step(lambda: loss_of(model))
+    assert len(alive) == len(list(model.parameters())) and max(alive) <= 2
+
+
+def test_nothing_is_updated_by_a_loss_that_is_not_finite():
+    model, twin = build("llama"), build("llama")
+    optimizer = tinyft.Full(model, grad_accumulation=2)
+    scale = iter([1.0, float("nan")])
+    with pytest.raises(InputError, match="loss at step 1 is nan"):
+        optimizer.step(lambda ids: per_example(model, ids) * next(scale), IDS)
+    same(model, twin, rtol=0, atol=0)
+
+
+def test_a_loss_without_gradient_says_so():
+    model = build("llama")
+    with pytest.raises(InputError, match="zeroth-order"):
+        tinyft.Full(model).step(lambda: loss_of(model).detach())
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "adamw8bit"])
+def test_state_dict_round_trip(rule):
+    def advance(model, optimizer):
+        return [optimizer.step(lambda: loss_of(model)) for _ in range(2)]
+
+    model = build("llama")
+    optimizer = tinyft.Full(model, lr=1e-3, optimizer=rule)
+    advance(model, optimizer)
+    twin = copy.deepcopy(model)
+    resumed = tinyft.Full(twin, lr=5.0, optimizer=rule)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.steps == 2 and resumed.param_groups[0]["lr"] == 1e-3
+    advance(model, optimizer)
+    advance(twin, resumed)
+    same(model, twin, rtol=0, atol=0)
+    if rule == "adamw8bit":
+        assert {t.dtype for s in resumed.state.values() for t in s.values()} >= {torch.uint8}
+
+
+def test_eight_bit_adamw_is_bitsandbytes():
+    import bitsandbytes
+
+    model, reference = build("llama"), build("llama")
+    optimizer = tinyft.Full(model, lr=1e-3, optimizer="adamw8bit", weight_decay=0.1)
+    theirs = bitsandbytes.optim.AdamW8bit(reference.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(4):
+        optimizer.step(lambda: loss_of(model))
+        loss_of(reference).backward()
+        theirs.step()
+        theirs.zero_grad()
+    same(model, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_schedulers_work():
+    model = build("llama")
+    optimizer = tinyft.Full(model, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step(lambda: loss_of(model))
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_unknown_choices():
+    for wrong in ({"optimizer": "lion"}, {"checkpointing": "some"}):
+        with pytest.raises(InputError, match="Choose from"):
+            tinyft.Full(build("llama"), **wrong)
