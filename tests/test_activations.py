@@ -1,5 +1,7 @@
 """What is recomputed gives the same gradients, bit for bit, and is really not kept."""
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -89,6 +91,20 @@ def test_only_what_cannot_be_made_again_is_kept():
     assert kept_bytes("selective") <= (32 + 96 + 96 + 2) * row
     # torch: also the normalised x, before and after its weight, silu(gate), and the product.
     assert kept_bytes("none") >= (32 + 96 + 96 + 32 + 32 + 96 + 96) * row
+
+
+def test_nothing_waits_for_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        model, x = Mlp(), torch.randn(64, 32, requires_grad=True)
+        with keeping(model, "selective", HeapWatch()):
+            loss = model(model(x)).sum()
+        loss.backward()
+        del loss
+        assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "_Recipe"]
+    finally:
+        gc.enable()
 
 
 def test_in_place_changes_between_the_passes():

@@ -122,7 +122,6 @@ class Rematerialise(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         # By address of the storage. The weak reference keeps the address from being used again.
         self._made: dict[int, tuple[StorageWeakRef, dict[Any, _Recipe]]] = {}
         self._held: dict[int, StorageWeakRef] = {}
@@ -132,12 +131,15 @@ class Rematerialise(TorchDispatchMode):
         self._cooked: dict[_Recipe, Tensor] = {}
 
     def __enter__(self) -> Rematerialise:
+        # Held no longer than this is active: they hold `self`, and cycles wait for the collector.
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._hooks.__exit__(*exception)
+        del self._hooks
         self._made.clear()
         self._held.clear()
 
@@ -233,23 +235,24 @@ class _Recipe:
     @classmethod
     def of(cls, func: Any, args: Any, kwargs: Any, find: Callable[..., Any]) -> _Recipe:
         """`func(*args, **kwargs)`; `find` has the recipes of operands that have one."""
+        # No function that calls itself here: its cell would hold the tensors in a cycle, until the
+        # garbage collector comes.
         leaves: list[tuple[Tensor, int]] = []
         length = 1
-
-        def operand(value: Any) -> Any:
-            nonlocal length
-            if isinstance(value, (list, tuple)):  # `cat` takes a list of tensors
-                return [operand(item) for item in value]
-            if not isinstance(value, Tensor):
-                return value
-            if (recipe := find(value)) is not None:
-                length += recipe.length
-                leaves.extend(recipe.leaves)
-                return recipe
-            leaves.append((value, value._version))
-            return value
-
-        return cls(func, [operand(value) for value in args], kwargs or {}, leaves, length)
+        operands: list[Any] = []
+        for value in args:
+            items = value if isinstance(value, (list, tuple)) else [value]  # `cat` takes a list
+            found = []
+            for item in items:
+                recipe = find(item) if isinstance(item, Tensor) else None
+                if recipe is not None:
+                    length += recipe.length
+                    leaves.extend(recipe.leaves)
+                elif isinstance(item, Tensor):
+                    leaves.append((item, item._version))
+                found.append(item if recipe is None else recipe)
+            operands.append(found if items is value else found[0])
+        return cls(func, operands, kwargs or {}, leaves, length)
 
     @torch.no_grad()
     def cook(self, known: Mapping[_Recipe, Tensor], made: dict[_Recipe, Tensor]) -> Tensor:
@@ -262,14 +265,19 @@ class _Recipe:
                 'checkpointing="none".'
             )
 
-        def operand(value: Any) -> Any:
-            if isinstance(value, list):
-                return [operand(item) for item in value]
-            return value.cook(known, made) if isinstance(value, _Recipe) else value
-
-        out = self.func(*map(operand, self.args), **self.kwargs)
+        operands = [
+            [_cooked(item, known, made) for item in value]
+            if isinstance(value, list)
+            else _cooked(value, known, made)
+            for value in self.args
+        ]
+        out = self.func(*operands, **self.kwargs)
         made[self] = out[0] if isinstance(out, tuple) else out
         return made[self]
+
+
+def _cooked(value: Any, known: Mapping[_Recipe, Tensor], made: dict[_Recipe, Tensor]) -> Any:
+    return value.cook(known, made) if isinstance(value, _Recipe) else value
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
