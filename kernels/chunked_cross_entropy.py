@@ -6,9 +6,10 @@ in blocks with a running maximum and sum (online softmax, Milakov & Gimelshein 2
 vocabulary rather than of rows: each block of W is read once, and the matrix products keep all N
 rows, which a CPU needs (blocks of 128 rows took 1.45x the time of one product on 2 cores).
 
-Frozen head: the gradient to h is finished in the forward pass; backward only scales it.
-Trainable head: forward keeps the (N,) log-sum-exps, backward goes over the blocks once more and
-writes each block of the head's gradient in place, so it is never accumulated in low precision.
+The gradient to h is finished in the forward pass; backward only scales it. The head's own gradient
+takes a second pass in the backward pass, which writes each block in place, so it is never
+accumulated in low precision. `postpone` moves that pass behind everything else of the backward
+pass: a (V, D) gradient is then never alive beside the activations.
 
 The label's own term is kept apart: `p_y - 1` is computed as `-sum_{j != y} p_j`, which stays exact
 where the model is sure (p_y -> 1), in half precision too.
@@ -16,7 +17,8 @@ where the model is sure (p_y -> 1), in half precision too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +45,44 @@ def chunked_cross_entropy_ref(
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
+class Postponed:
+    """Where a head's gradient waits for its turn; made by `postpone`."""
+
+    def __init__(self) -> None:
+        self.passes: list[Callable[[], tuple[Tensor | None, Tensor | None]]] = []
+
+
+def postpone(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None, Postponed]:
+    """`weight` and `bias`, as they are, whose gradients will be made last in the backward pass.
+
+    Call it before the forward pass of what makes the hidden states, and give the results to
+    `chunked_cross_entropy` alone: autograd goes backward in the reverse order of making.
+    """
+    later = Postponed()
+    weight, bias = _Postpone.apply(weight, bias, later)
+    return weight, bias, later
+
+
+class _Postpone(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, later: Postponed
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.later = later
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_weight, grad_bias = ctx.later.passes.pop(0)()
+        for one in ctx.later.passes:
+            for total, grad in zip((grad_weight, grad_bias), one(), strict=True):
+                if total is not None:
+                    total += grad
+        ctx.later.passes.clear()
+        return grad_weight, grad_bias, None
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -50,6 +90,7 @@ def chunked_cross_entropy(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    later: Postponed | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
     """Cross-entropy of `softmax(hidden @ weight.T + bias)` against `labels`, row by row.
@@ -60,13 +101,15 @@ def chunked_cross_entropy(
         labels: (N,) int64; rows labelled -100 have loss and gradient 0.
         bias: (V,) or None.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma), or None.
+        later: of `postpone`, which `weight` and `bias` then come from; None makes their gradients
+            at once.
         block_bytes: size of the one buffer that holds a block of logits.
 
     Returns:
         Losses, (N,) float32 (float64 for float64 input). Differentiable once in hidden, weight
         and bias.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, bias, softcap, block_bytes)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, bias, softcap, later, block_bytes)
 
 
 def _accumulator(hidden: Tensor) -> torch.dtype:
@@ -102,25 +145,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         bias: Tensor | None,
         softcap: float | None,
+        later: Postponed | None,
         block_bytes: int,
     ) -> Tensor:
         need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        frozen_head = need_hidden and not (need_weight or need_bias)
-        ctx.frozen_head, ctx.softcap, ctx.block_bytes = frozen_head, softcap, block_bytes
+        ctx.softcap, ctx.later, ctx.block_bytes = softcap, later, block_bytes
 
         n, dtype = hidden.shape[0], _accumulator(hidden)
         top = hidden.new_full((n, 1), float("-inf"), dtype=dtype)  # running maximum
         others = torch.zeros_like(top)  # sum of exp(z_j - top) over j != y
         z_label = torch.zeros_like(top)
-        # Frozen head: gradient = (sum_{j != y} e_j f_j W_j - others f_y W_y) / total, where f is
-        # the softcap's derivative (1 without); this accumulates the sum.
-        pull = hidden.new_zeros(hidden.shape, dtype=dtype) if frozen_head else None
+        # Gradient to hidden = (sum_{j != y} e_j f_j W_j - others f_y W_y) / total, where f is the
+        # softcap's derivative (1 without); this accumulates the sum.
+        pull = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
 
         for start, stop, logits in _blocks(hidden, weight, bias, softcap, block_bytes):
             rows, columns = _labelled(labels, start, stop)
             z_label[rows, 0] = logits[rows, columns]
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            slope = _slope(logits, softcap) if frozen_head else None
+            slope = _slope(logits, softcap) if need_hidden else None
             terms = logits.sub_(new_top).exp_()
             terms[rows, columns] = 0
             rescale = torch.exp(top - new_top)
@@ -140,44 +183,68 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 label_pull = others * _slope(z_label, softcap)
             pull.sub_(label_pull * weight[labels.clamp(min=0)]).mul_(live / total)
-            ctx.save_for_backward(pull.to(hidden.dtype))
-        else:
+            pull = pull.to(hidden.dtype)
+        if need_weight or need_bias:
             missing = others / total  # 1 - p_y
-            ctx.save_for_backward(hidden, weight, labels, bias, lse, missing)
+            ctx.save_for_backward(pull, hidden, weight, labels, bias, lse, missing)
+        else:
+            ctx.save_for_backward(pull)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.frozen_head:
-            (pull,) = ctx.saved_tensors
-            return (pull * grad_losses.unsqueeze(1)).to(pull.dtype), *[None] * 5
-        hidden, weight, labels, bias, lse, missing = ctx.saved_tensors
-        need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        dtype = _accumulator(hidden)
-        grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = torch.empty_like(bias) if need_bias else None
-        scale = (grad_losses * (labels != IGNORE)).unsqueeze(1)
+        pull, *of_head = ctx.saved_tensors
+        grad_hidden = grad_weight = grad_bias = None
+        if pull is not None:
+            grad_hidden = (pull * grad_losses.unsqueeze(1)).to(pull.dtype)
+        if of_head:
+            needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+            make = partial(
+                _head_gradients, *of_head, grad_losses, ctx.softcap, ctx.block_bytes, *needs
+            )
+            if ctx.later is None:
+                grad_weight, grad_bias = make()
+            else:
+                ctx.later.passes.append(make)
+                _, weight, _, bias, *_ = of_head
+                grad_weight, grad_bias = (
+                    weight.new_zeros(()).expand_as(t) if need else None
+                    for t, need in zip((weight, bias), needs, strict=True)
+                )
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None
 
-        for start, stop, logits in _blocks(hidden, weight, bias, ctx.softcap, ctx.block_bytes):
-            rows, columns = _labelled(labels, start, stop)
-            slope = _slope(logits, ctx.softcap)
-            grad_logits = logits.sub_(lse).exp_()
-            grad_logits[rows, columns] = -missing[rows, 0]
-            grad_logits *= scale
-            if slope is not None:
-                grad_logits *= slope
-            if grad_bias is not None:
-                grad_bias[start:stop] = grad_logits.sum(0)
-            grad_logits = grad_logits.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden += grad_logits @ weight[start:stop]
-            if grad_weight is not None:
-                torch.mm(grad_logits.t(), hidden, out=grad_weight[start:stop])
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, grad_bias, None, None
+
+def _head_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    missing: Tensor,
+    grad_losses: Tensor,
+    softcap: float | None,
+    block_bytes: int,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias, by a second pass over the logits."""
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    grad_bias = torch.empty_like(bias) if need_bias else None
+    scale = (grad_losses * (labels != IGNORE)).unsqueeze(1)
+    for start, stop, logits in _blocks(hidden, weight, bias, softcap, block_bytes):
+        rows, columns = _labelled(labels, start, stop)
+        slope = _slope(logits, softcap)
+        grad_logits = logits.sub_(lse).exp_()
+        grad_logits[rows, columns] = -missing[rows, 0]
+        grad_logits *= scale
+        if slope is not None:
+            grad_logits *= slope
+        if grad_bias is not None:
+            grad_bias[start:stop] = grad_logits.sum(0)
+        if grad_weight is not None:
+            torch.mm(grad_logits.to(weight.dtype).t(), hidden, out=grad_weight[start:stop])
+    return grad_weight, grad_bias
 
 
 def _labelled(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy, chunked_cross_entropy_ref
+from tinyft.kernels.chunked_cross_entropy import (
+    chunked_cross_entropy,
+    chunked_cross_entropy_ref,
+    postpone,
+)
 
 SHAPES = [(1, 1, 2), (7, 5, 11), (13, 8, 193), (64, 24, 257), (3, 16, 1000)]  # (N, D, V)
 
@@ -105,6 +109,33 @@ def test_sure_predictions_keep_their_gradient():
         torch.ones(1),
     )
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_postponed_gradients_are_the_same_and_come_last(bias):
+    hidden, weight, labels, offset = make(7, 5, 193, bias=bias)
+    order = []
+
+    def run(postponed):
+        live = [t.clone().requires_grad_() for t in (weight, hidden, *([offset] if bias else []))]
+        w, h, b = live if bias else (*live, None)
+        w.register_hook(lambda grad: order.append("head"))
+        h.register_hook(lambda grad: order.append("body"))
+        head, later = (w, b), None
+        if postponed:
+            *head, later = postpone(w, b)
+        # The head is used twice, and by something else too: a tied embedding.
+        body = h.sin() + w[:7]
+        losses = chunked_cross_entropy(body, head[0], labels, bias=head[1], later=later)
+        again = chunked_cross_entropy(body.cos(), head[0], labels, bias=head[1], later=later)
+        (losses.sum() + 2 * again.sum()).backward()
+        return [t.grad for t in live]
+
+    want = run(False)
+    order.clear()
+    for ours, theirs in zip(run(True), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert order == ["body", "head"]
 
 
 def test_nothing_labelled():

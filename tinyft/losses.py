@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyft.errors import InputError
-from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy
+from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy, postpone
 
 log = logging.getLogger(__name__)
 
@@ -275,17 +275,22 @@ def _selected(model: nn.Module, batch: Any, position: Tensor) -> tuple[Tensor, H
 
 def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy at flat positions (N,) against labels (copies, N): (copies, N) float32."""
+    head = _head(model)
+    chunked = torch.is_grad_enabled() and not check_head(model, batch.copies).whole
+    chunked = chunked and _is_plain(head)
+    if chunked:  # before the backbone runs, for its gradient to be made after the backbone's
+        weight, bias, later = postpone(head.weight, head.bias)
     states, plan = _selected(model, batch, position)
     if plan.whole:
         return nn.functional.cross_entropy(states.float().transpose(1, 2), labels, reduction="none")
-    head = _head(model)
-    if torch.is_grad_enabled() and _is_plain(head):
+    if chunked:
         losses = chunked_cross_entropy(
             (states * plan.scale if plan.scale != 1.0 else states).flatten(0, 1),
-            head.weight,
+            weight,
             labels.flatten(),
-            bias=head.bias,
+            bias=bias,
             softcap=plan.softcap,
+            later=later,
         )
         return losses.view_as(labels)
 
