@@ -18,7 +18,7 @@ LAYERS = [
     ["tinyft.errors"],
     ["tinyft.kernels", "tinyft.cost", "tinyft.memory", "tinyft.interrupt"],
     [
-        *("tinyft.checkpoint", "tinyft.heap", "tinyft.packing"),
+        *("tinyft.checkpoint", "tinyft.heap", "tinyft.packing", "tinyft.modules"),
         *("tinyft.activations", "tinyft.updates"),
     ],
     ["tinyft.sources", "tinyft.examples", "tinyft.chat"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tinyft.memory import resident_bytes, trim
 
-SLACK_BYTES = 128 << 20
+SLACK_BYTES = 224 << 20
 
 
 class HeapWatch:

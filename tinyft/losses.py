@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyft.errors import InputError
 from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy, postpone
+from tinyft.modules import is_plain_linear
 
 log = logging.getLogger(__name__)
 
@@ -252,15 +253,6 @@ def _logits(head: nn.Module, hidden: Tensor, plan: HeadPlan) -> Tensor:
     return logits
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether `head(h)` is `h @ weight.T + bias` and nothing else."""
-    return (
-        type(head) is nn.Linear
-        and "forward" not in vars(head)
-        and not (head._forward_hooks or head._forward_pre_hooks)
-    )
-
-
 def _selected(model: nn.Module, batch: Any, position: Tensor) -> tuple[Tensor, HeadPlan]:
     """What predicts at flat positions (N,) of each copy: (copies, N, D or, if whole, V)."""
     plan = check_head(model, batch.copies)
@@ -277,7 +269,7 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
     """Cross-entropy at flat positions (N,) against labels (copies, N): (copies, N) float32."""
     head = _head(model)
     chunked = torch.is_grad_enabled() and not check_head(model, batch.copies).whole
-    chunked = chunked and _is_plain(head)
+    chunked = chunked and is_plain_linear(head)
     if chunked:  # before the backbone runs, for its gradient to be made after the backbone's
         weight, bias, later = postpone(head.weight, head.bias)
     states, plan = _selected(model, batch, position)
@@ -316,7 +308,7 @@ def _head_scores(model: nn.Module, batch: Any, position: Tensor, ids: Tensor) ->
     if plan.whole:
         return states.float().flatten(0, 1).gather(1, ids)
     head = _head(model)
-    if _is_plain(head):
+    if is_plain_linear(head):
         # Rows of the head for the choices alone, never the vocabulary.
         rows = nn.functional.embedding(ids, head.weight)  # (B * copies, C, D)
         logits = (rows @ states.reshape(-1, states.shape[-1], 1)).squeeze(2).float()
