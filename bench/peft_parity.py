@@ -157,9 +157,11 @@ def tinyft_side(model: Any, args: argparse.Namespace) -> Callable[[Any], float]:
     from tinyft.batches import Batch
     from tinyft.losses import check_head, objective
 
+    named = args.targets in ("all-linear", "attention")
+    targets = args.targets if named else args.targets.split(",")
     options = {"lr": LR[args.method], "checkpointing": args.checkpointing}
     if args.method == "lora":
-        optimizer = tinyft.LoRA(model, targets=args.targets.split(","), **options)
+        optimizer = tinyft.LoRA(model, targets=targets, **options)
         save_adapter(model, args.adapter, args.model)
     else:
         optimizer = tinyft.Full(model, **options)
@@ -188,7 +190,7 @@ def other_side(model: Any, args: argparse.Namespace) -> Callable[[Any], float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -1,6 +1,7 @@
 """When freed memory goes back: by a script of what would be resident."""
 
 import pytest
+import torch
 
 from tinyft import heap
 
@@ -39,3 +40,38 @@ def test_trims_beyond_what_was_in_use_and_slack(machine):
     machine["now"] = 250  # less was in use at that trim, but the peak is what counts
     watch.check()
     assert machine["trims"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_changes_no_value(dtype):
+    x = torch.randn(130, 260, generator=torch.Generator().manual_seed(0)).to(dtype)
+    row, square = x[:1], x[:, :130].contiguous()
+    cases = [
+        lambda: x @ x.t(),
+        lambda: torch.addmm(x[0, :130], square, square),
+        lambda: torch.add(x, x, alpha=0.3),
+        lambda: x + 1,
+        lambda: row + x[:, :1],  # both operands are broadcast
+        lambda: x * row,
+        lambda: x * torch.tensor(2.0, dtype=torch.float64),
+        lambda: torch.nn.functional.silu(x),
+        lambda: torch.nn.functional.gelu(x, approximate="tanh"),
+        lambda: -x.t(),
+        lambda: torch.cat([x, x[:3]]),
+        lambda: torch.cat([x, x.t()], 0) if x.shape[0] == x.shape[1] else torch.cat([x, x], -1),
+        lambda: x.pow(2),
+        lambda: x.float() * x.double(),
+    ]
+    for case in cases:
+        want = case()
+        with heap.Roomy():
+            got = case()
+        assert got.dtype == want.dtype and torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+def test_large_results_get_room_and_small_ones_do_not():
+    with heap.Roomy():
+        large, small = torch.ones(1 << 15) * 2, torch.ones(8) * 2
+    assert large.untyped_storage().nbytes() > large.nbytes
+    assert small.untyped_storage().nbytes() == small.nbytes

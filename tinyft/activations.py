@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tinyft.heap import HeapWatch
+from tinyft.heap import HeapWatch, Roomy
 
 MODES = ("none", "selective", "full")
 
@@ -36,15 +36,21 @@ MODES = ("none", "selective", "full")
 def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
     """Run a forward pass inside this; the backward pass may come outside, and may come never."""
     blocks = _blocks(model)
-    for block in blocks:
-        block.forward = partial(_run_block, block.forward, watch, mode == "full")
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    # Of an embedding or a head: its gradient, and a second where one weight is both.
+    largest_bytes = max((2 * p.numel() * p.element_size() for p in outside), default=0)
+    for i, block in enumerate(blocks):
+        block.forward = partial(
+            _run_block, block.forward, watch, mode == "full", 0 if i else largest_bytes
+        )
     # A cache of keys and values is for generating; a block that runs again would fill it again.
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", False)
     if cached:
         config.use_cache = False
     try:
-        with Rematerialise() if mode == "selective" else nullcontext():
+        with Roomy(), Rematerialise() if mode == "selective" else nullcontext():
             yield
     finally:
         if cached:
@@ -63,10 +69,20 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def _run_block(
-    forward: Callable[..., Any], watch: HeapWatch, again: bool, *args: Any, **kwargs: Any
+    forward: Callable[..., Any],
+    watch: HeapWatch,
+    again: bool,
+    coming_bytes: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """`forward(*args, **kwargs)`, checkpointed if `again`."""
+    """`forward(*args, **kwargs)`, checkpointed if `again`.
+
+    `coming_bytes`: of the gradients that the backward pass makes after this block's.
+    """
     watch.check()
+    if coming_bytes and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+        args[0].register_hook(lambda grad: watch.check(coming_bytes))
     run = partial(checkpoint, forward, use_reentrant=False) if again else forward
     return run(*args, **kwargs)
 

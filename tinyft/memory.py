@@ -45,11 +45,11 @@ def trim() -> None:
 
 
 def reuse_heap() -> None:
-    """Let glibc keep what is freed for the next allocation: for runs of forward passes only.
+    """Let glibc keep what is freed for the next allocation, for the whole process.
 
     By default it maps every larger tensor anew: 76,000 page faults a forward pass of SmolLM2-135M
-    (8 x 48, float32), a tenth of its time. Each step frees all it allocates, so the peak is that of
-    one step either way. (Methods that keep activations alive bound the holes instead: `heap.py`.)
+    (8 x 48, float32), a tenth of its time. What is kept is bounded by what one step frees
+    (`heap.py`).
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

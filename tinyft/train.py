@@ -19,7 +19,7 @@ from tinyft.config import TrainConfig
 from tinyft.errors import BudgetError, InputError
 from tinyft.inputs import pick_device, read_source
 from tinyft.interrupt import Stopped, StopSignals
-from tinyft.memory import PeakMeter, human, reuse_heap, trim
+from tinyft.memory import PeakMeter, human, trim
 from tinyft.output import OutputFolder
 from tinyft.progress import Reporter, Step, TensorBoardReporter, check_tensorboard
 from tinyft.report import build_report
@@ -246,8 +246,6 @@ class _Session:
 
         optimizer = self.optimizer = method.attach(self.model, self.config)
         self.model.train(method.uses_gradients)
-        if not method.uses_gradients:
-            reuse_heap()
         with self.meter.phase("restore"):
             if self.loaded.kind == "causal":
                 check_head(self.model)  # once, here, so that no step's FLOPs include it

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from tinyft import adapters, prefix
 from tinyft.errors import InputError
-from tinyft.memory import resident_bytes, trim
+from tinyft.memory import resident_bytes, reuse_heap, trim
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
 from tinyft.zeroth.directions import FAMILIES, make_directions
 from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
@@ -148,6 +148,7 @@ class MeZO(Optimizer):
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         super().__init__(self.parameters, {"lr": lr, "weight_decay": weight_decay})
+        reuse_heap()
         self.model, self.seed, self.steps_taken = model, seed, 0
         self.log: SeedLog | None = None
         first = self.parameters[0]
