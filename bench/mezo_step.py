@@ -2,8 +2,9 @@
 
     python bench/mezo_step.py [--model smollm2-135m] [--dtype bfloat16] [--families sign-rank1 ...]
 
-One process, the contenders in turn, medians; every token is labelled, both sides use the same
-chunked loss. Peaks are VmHWM, reset before each contender, over what is resident before it.
+Times: one process, the contenders in turn, medians. Peaks: a process for each contender, VmHWM over
+what is resident when the model is loaded. Every token is labelled, both sides use the same chunked
+loss.
 `published` is the exact mode: what the published procedure costs.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,7 +22,7 @@ import torch
 import tinyft
 from tinyft.data import Batch
 from tinyft.losses import objective
-from tinyft.memory import PeakMeter, resident_bytes, reuse_heap
+from tinyft.memory import PeakMeter, resident_bytes, reuse_heap, trim
 
 
 def main() -> None:
@@ -31,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--families", nargs="+", default=["sign-rank1"])
     parser.add_argument("--published", action="store_true", help="also the published procedure")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     reuse_heap()
@@ -62,13 +66,22 @@ def main() -> None:
         exact = tinyft.MeZO(model, lr=1e-9, exact=True)
         contenders["published"] = lambda: exact.step(losses, batch)
 
-    meter, extra = PeakMeter(), {}
-    for name, run in contenders.items():  # the first call also warms up
+    if arguments.peak_of:
+        run = contenders[arguments.peak_of]
+        trim()
+        before, meter = resident_bytes(), PeakMeter()
+        with meter.phase("step"):
+            for _ in range(3):
+                run()
+        print(meter.peaks["step"] - before)
+        return
+    extra = {}
+    for name in contenders:
+        command = [sys.executable, "-W", "ignore", *sys.argv, "--peak-of", name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        extra[name] = int(done.stdout.split()[-1])
+    for run in contenders.values():
         run()
-        with meter.phase(name):
-            before = resident_bytes()
-            run()
-        extra[name] = meter.peaks[name] - before
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.rounds):
         for name, run in contenders.items():

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from tinyft import adapters, prefix
 from tinyft.errors import InputError
-from tinyft.memory import resident_bytes, reuse_heap, trim
+from tinyft.heap import HeapWatch
+from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
 from tinyft.zeroth.directions import FAMILIES, make_directions
 from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
@@ -40,7 +41,6 @@ from tinyft.zeroth.update import update_
 
 # With momentum beta the terms older than this weigh less than 1% and are dropped.
 _MOMENTUM_TAIL = 0.01
-_SLACK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class MeZO(Optimizer):
         self._forward = None if exact else PerturbedForward(model, self.parameters)
         self._recent: deque[list[float]] = deque(maxlen=_window(momentum))
         self._scalar_objective = False
-        self._resident_bytes = 0  # after the first step
+        self._heap = HeapWatch()
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
@@ -182,7 +182,7 @@ class MeZO(Optimizer):
                 check_finite(losses, self.steps_taken)
                 loss, gradients = projected_gradients(self.options.estimator, losses.tolist(), eps)
             self._apply(self.param_groups[0]["lr"], gradients)
-        self._bound_holes()
+        self._heap.check()  # batches of different lengths leave holes
         return torch.tensor(loss, dtype=torch.float32)
 
     def _losses(self, closure: Callable[..., Tensor], batch: Any, groups: list) -> Tensor:
@@ -230,17 +230,6 @@ class MeZO(Optimizer):
                     terms.append((self.directions.draw(self.steps_taken - age, p), c))
             update_(self.parameters, terms, decay=decay)
         self.steps_taken += 1
-
-    def _bound_holes(self) -> None:
-        """Hand freed memory back when batches of different lengths have left holes in the heap.
-
-        What one step freed is kept for the next, which saves it a tenth of its time.
-        """
-        now_bytes = resident_bytes()
-        if not self._resident_bytes:
-            self._resident_bytes = now_bytes
-        elif now_bytes > self._resident_bytes + _SLACK_BYTES:
-            trim()
 
     # The published procedure. `p + scale * z * eps` and `p - lr * (pg * z + wd * p)`, in that order
     # of operations, z per parameter from one `torch.manual_seed` stream.
