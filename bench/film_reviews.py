@@ -26,7 +26,7 @@ PLANS: dict[str, dict] = {
         "flags": ["--dtype", "bfloat16", "--batch-size", "16"],
         "rows": {
             "lora": ["--method", "lora", "--steps", "100", "--lr", "5e-4", "--warmup", "5"],
-            "full": ["--method", "full", "--steps", "100", "--lr", "3e-5", "--warmup", "5"],
+            "full": ["--method", "full", "--steps", "100", "--lr", "1e-4", "--warmup", "5"],
             "mezo": ["--method", "mezo", "--steps", "500", "--lr", "3e-5"],
             "mezo-lora": [
                 *("--method", "mezo", "--trainable", "lora", "--steps", "600", "--lr", "5e-3"),
@@ -157,14 +157,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="only the first N seeds of each model")
     parser.add_argument("--rows", nargs="+", help="only these rows, e.g. lora mezo")
     arguments = parser.parse_args()
-    lines = []
     for model in arguments.models:
         for seed in PLANS[model]["seeds"][: arguments.seeds]:
             for row in arguments.rows or PLANS[model]["rows"]:
-                output = arguments.runs / f"{model}-{row}-{seed}"
-                run(model, row, seed, output)
-                report = json.loads((output / "report.json").read_text())
-                lines.append(record(model, row, seed, report))
+                run(model, row, seed, arguments.runs / f"{model}-{row}-{seed}")
+    lines = [
+        record(model, row, seed, json.loads(report.read_text()))
+        for model, plan in PLANS.items()
+        for row in plan["rows"]
+        for seed in plan["seeds"]
+        if (report := arguments.runs / f"{model}-{row}-{seed}" / "report.json").exists()
+    ]
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "film_reviews.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]))

@@ -8,6 +8,7 @@ Where neither exists, resident memory is sampled at every step, and `PeakMeter.s
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ def reuse_heap() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
     except (OSError, AttributeError):
         pass  # not glibc
+
+
+def bound_compiled_products() -> None:
+    """Let oneDNN keep 64 compiled products, not 1,024: it has one for every shape.
+
+    Works before the first of them runs, and unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says otherwise.
+    LoRA on all layers of SmolLM2-135M, bfloat16, after batches of 26 lengths: 730 MB instead of 934
+    beyond the model, and no slower.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 class PeakMeter:

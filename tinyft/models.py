@@ -25,6 +25,7 @@ from torch import nn
 from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
 from tinyft.errors import InputError
+from tinyft.memory import bound_compiled_products
 from tinyft.packing import pack
 from tinyft.references import Source, explained, locate, quiet
 
@@ -103,6 +104,7 @@ def load(
             or misshapen weights, no tokenizer, no hub.
     """
     _check_options(dtype, base_bits, device)
+    bound_compiled_products()
     source = locate(ref)
     if source.form in ("adapter", "seed_log"):
         return _load_trained(source, dtype, base_bits, device, num_labels, seed)
