@@ -138,6 +138,27 @@ def test_half_precision_bases_have_float32_adapters():
     assert after < before
 
 
+def test_under_autocast_the_products_are_torchs(tmp_path):
+    theirs, ours = saved_by_peft(tmp_path), build("llama")
+    adapters.load_adapter(ours, tmp_path / "adapter")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = theirs(input_ids=IDS).logits
+        got = ours(input_ids=IDS).logits
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    got.float().square().mean().backward()
+    assert all(m.lora_A.weight.grad is not None for m in adapters.adapters(ours).values())
+
+
+def test_a_bias_of_the_base_that_is_trained_gets_its_gradient():
+    model = build("gpt_neox")
+    adapters.inject(model)
+    layer = next(m for m in adapters.adapters(model).values() if m.base.bias is not None)
+    layer.base.bias.requires_grad_(True)
+    model(input_ids=IDS).logits.square().mean().backward()
+    assert layer.base.bias.grad is not None and layer.base.bias.grad.any()
+
+
 def test_inside_the_trainer_equals_its_own_loop(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     models = [build("llama"), build("llama")]

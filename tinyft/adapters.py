@@ -73,11 +73,13 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out), dtype of the base."""
         base, A, B = self.base, self.lora_A, self.lora_B
         drops = self.training and getattr(self.dropout, "p", 0.0) > 0
-        if is_plain_linear(A) and is_plain_linear(B) and not drops:
-            if is_plain_linear(base) and not base.weight.requires_grad:
+        # Under autocast torch chooses the precision of each product.
+        fused = not drops and not torch.is_autocast_enabled(x.device.type)
+        if fused and is_plain_linear(A) and is_plain_linear(B):
+            if is_plain_linear(base) and not any(p.requires_grad for p in base.parameters()):
                 return lora_linear(x, base.weight, A.weight, B.weight, self.scale, bias=base.bias)
             return add_low_rank(base(x), x, A.weight, B.weight, self.scale)
-        # Someone changed A or B (zeroth-order perturbations, say) and is heard.
+        # Through the modules, so that whoever changed A or B (zeroth order, say) is heard.
         y = base(x)
         inner = A(self.dropout(x.to(A.weight.dtype)))
         # Scaled where it is small: `rank` wide and not `out`.
