@@ -157,10 +157,9 @@ def tinyft_side(model: Any, args: argparse.Namespace) -> Callable[[Any], float]:
     from tinyft.batches import Batch
     from tinyft.losses import check_head, objective
 
-    named = args.targets in ("all-linear", "attention")
-    targets = args.targets if named else args.targets.split(",")
     options = {"lr": LR[args.method], "checkpointing": args.checkpointing}
     if args.method == "lora":
+        targets = args.targets.split(",") if "," in args.targets else args.targets
         optimizer = tinyft.LoRA(model, targets=targets, **options)
         save_adapter(model, args.adapter, args.model)
     else:

@@ -1,9 +1,8 @@
 """A frozen linear layer with a low-rank update, forward and backward, in the fewest passes.
 
 `y = x W' + b + s (x A') B'` (Hu et al. 2021, arXiv:2106.09685, eq. 3). Written out in torch, the
-update makes a tensor of y's size, scales and adds it, and its backward pass does the same at x's
-size; here both are accumulated by the small matrix product itself. With x of (1024, 576) float32
-that is 6 passes over memory less for each layer and step.
+update makes a tensor of y's size and adds it, and its backward pass does the same at x's size; here
+both are accumulated by the small matrix product itself.
 
 A and B may be float32 beside a base in half precision: the products are then in the base's
 precision, accumulated in float32 inside (as under torch's autocast), and their gradients float32.

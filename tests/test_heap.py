@@ -1,4 +1,4 @@
-"""When freed memory goes back: by a script of what would be resident."""
+"""When freed memory goes back, by a script of what would be resident; and room for results."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_room_changes_no_value(dtype):
         lambda: torch.nn.functional.gelu(x, approximate="tanh"),
         lambda: -x.t(),
         lambda: torch.cat([x, x[:3]]),
-        lambda: torch.cat([x, x.t()], 0) if x.shape[0] == x.shape[1] else torch.cat([x, x], -1),
+        lambda: torch.cat([x, x], -1),
         lambda: x.pow(2),
         lambda: x.float() * x.double(),
     ]

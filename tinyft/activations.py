@@ -280,19 +280,15 @@ class _Recipe:
                 "A tensor that the backward pass would compute from was changed in place. Use "
                 'checkpointing="none".'
             )
-
-        operands = [
-            [_cooked(item, known, made) for item in value]
-            if isinstance(value, list)
-            else _cooked(value, known, made)
-            for value in self.args
-        ]
+        operands = [_cooked(value, known, made) for value in self.args]
         out = self.func(*operands, **self.kwargs)
         made[self] = out[0] if isinstance(out, tuple) else out
         return made[self]
 
 
 def _cooked(value: Any, known: Mapping[_Recipe, Tensor], made: dict[_Recipe, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_cooked(item, known, made) for item in value]
     return value.cook(known, made) if isinstance(value, _Recipe) else value
 
 

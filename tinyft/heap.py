@@ -63,20 +63,15 @@ class Roomy(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (room := _ROOM.get(func)) is None or (size := _elements(func, args)) is None:
-            return func(*args, **kwargs)
-        into, extra_bytes = room
-        dtype = _first(args).dtype
-        spare = torch.empty(size + extra_bytes // dtype.itemsize, dtype=dtype)
-        return into(*args, **kwargs, out=spare.resize_(0))
+        if func in _ROOM:
+            into, extra_bytes = _ROOM[func]
+            if (spare := _spare(func, args, extra_bytes)) is not None:
+                return into(*args, **kwargs, out=spare)
+        return func(*args, **kwargs)
 
 
-def _first(args: tuple) -> Tensor:
-    return args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-
-
-def _elements(func: Any, args: tuple) -> int | None:
-    """Of the result; None if it is small, or differs from its first operand in more than size."""
+def _spare(func: Any, args: tuple, extra_bytes: int) -> Tensor | None:
+    """An empty tensor with room for the result; None if that is small, or of mixed dtypes."""
     if func is aten.cat.default:
         operands = list(args[0])
         size = sum(t.numel() for t in operands)
@@ -87,7 +82,9 @@ def _elements(func: Any, args: tuple) -> int | None:
             size = left.shape[0] * right.shape[1]
         else:  # a broadcast of both to more than either is found too small, and grows
             size = max(t.numel() for t in operands)
-    first = operands[0]
-    if size * first.element_size() < _LARGE_BYTES or first.device.type != "cpu":
+    dtype, device = operands[0].dtype, operands[0].device
+    if size * dtype.itemsize < _LARGE_BYTES or device.type != "cpu":
         return None
-    return size if all(t.dtype == first.dtype for t in operands) else None
+    if any(t.dtype != dtype for t in operands):
+        return None
+    return torch.empty(size + extra_bytes // dtype.itemsize, dtype=dtype).resize_(0)

@@ -253,26 +253,24 @@ def _logits(head: nn.Module, hidden: Tensor, plan: HeadPlan) -> Tensor:
     return logits
 
 
-def _selected(model: nn.Module, batch: Any, position: Tensor) -> tuple[Tensor, HeadPlan]:
+def _selected(model: nn.Module, batch: Any, position: Tensor, plan: HeadPlan) -> Tensor:
     """What predicts at flat positions (N,) of each copy: (copies, N, D or, if whole, V)."""
-    plan = check_head(model, batch.copies)
     ids, mask = batch.input_ids, batch.attention_mask
     if plan.whole:
         states = model(input_ids=ids, attention_mask=mask).logits
     else:
         states = _backbone(model, ids, mask, plan)
     states = states.reshape(batch.copies, -1, states.shape[-1])
-    return states.index_select(1, position), plan
+    return states.index_select(1, position)
 
 
 def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy at flat positions (N,) against labels (copies, N): (copies, N) float32."""
-    head = _head(model)
-    chunked = torch.is_grad_enabled() and not check_head(model, batch.copies).whole
-    chunked = chunked and is_plain_linear(head)
+    plan, head = check_head(model, batch.copies), _head(model)
+    chunked = torch.is_grad_enabled() and not plan.whole and is_plain_linear(head)
     if chunked:  # before the backbone runs, for its gradient to be made after the backbone's
         weight, bias, later = postpone(head.weight, head.bias)
-    states, plan = _selected(model, batch, position)
+    states = _selected(model, batch, position, plan)
     if plan.whole:
         return nn.functional.cross_entropy(states.float().transpose(1, 2), labels, reduction="none")
     if chunked:
@@ -304,7 +302,8 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
 
 def _head_scores(model: nn.Module, batch: Any, position: Tensor, ids: Tensor) -> Tensor:
     """Logits at flat positions (B,) of each copy for the tokens `ids` (B * copies, C) alone."""
-    states, plan = _selected(model, batch, position)
+    plan = check_head(model, batch.copies)
+    states = _selected(model, batch, position, plan)
     if plan.whole:
         return states.float().flatten(0, 1).gather(1, ids)
     head = _head(model)
