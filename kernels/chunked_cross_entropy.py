@@ -11,6 +11,9 @@ takes a second pass in the backward pass, which writes each block in place, so i
 accumulated in low precision. `postpone` moves that pass behind everything else of the backward
 pass: a (V, D) gradient is then never alive beside the activations.
 
+On a GPU the products stay with torch and what lies between them, a dozen passes over a block of
+logits, is one Triton kernel in each direction.
+
 The label's own term is kept apart: `p_y - 1` is computed as `-sum_{j != y} p_j`, which stays exact
 where the model is sure (p_y -> 1), in half precision too.
 """
@@ -24,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tinyft.kernels.dispatch import choose
 
 BLOCK_BYTES = 16 << 20  # one (N, block) buffer of logits; fits the shared cache of small machines
 IGNORE = -100
@@ -92,6 +97,7 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     later: Postponed | None = None,
     block_bytes: int = BLOCK_BYTES,
+    impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of `softmax(hidden @ weight.T + bias)` against `labels`, row by row.
 
@@ -104,36 +110,104 @@ def chunked_cross_entropy(
         later: of `postpone`, which `weight` and `bias` then come from; None makes their gradients
             at once.
         block_bytes: size of the one buffer that holds a block of logits.
+        impl: see `dispatch`.
 
     Returns:
         Losses, (N,) float32 (float64 for float64 input). Differentiable once in hidden, weight
         and bias.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, bias, softcap, later, block_bytes)
+    in_triton = choose("chunked_cross_entropy", impl, hidden, weight, labels, bias) == "triton"
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, labels, bias, softcap, later, block_bytes, in_triton
+    )
 
 
 def _accumulator(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _blocks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, block_bytes: int
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, logits (N, stop - start) in the accumulator's dtype) in one buffer."""
+def _blocks(hidden: Tensor, weight: Tensor, block_bytes: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (start, stop, hidden @ weight[start:stop].T) in one buffer."""
     n, v = hidden.shape[0], weight.shape[0]
-    dtype = _accumulator(hidden)
-    width = min(v, max(64, block_bytes // (max(n, 1) * dtype.itemsize)))
+    width = min(v, max(64, block_bytes // (max(n, 1) * _accumulator(hidden).itemsize)))
     buffer = hidden.new_empty(n * width)
     for start in range(0, v, width):
         stop = min(start + width, v)
         logits = buffer[: n * (stop - start)].view(n, stop - start)
         torch.mm(hidden, weight[start:stop].t(), out=logits)
-        if bias is not None:
-            logits += bias[start:stop]
-        logits = logits.to(dtype)
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
         yield start, stop, logits
+
+
+def _finished(logits: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """A block's logits in the accumulator's dtype, in place where that is theirs."""
+    if bias is not None:
+        logits += bias
+    logits = logits.to(_accumulator(logits))
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _absorb(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    top: Tensor,
+    others: Tensor,
+    z_label: Tensor,
+    pulls: bool,
+) -> tuple[Tensor, Tensor]:
+    """Take a block into the running sums; its logits are overwritten.
+
+    Args:
+        logits, bias: of the block, (N, width) and (width,).
+        labels: (N,) int64, counted from the block's first column.
+        softcap: as in `chunked_cross_entropy`.
+        top, others, z_label: (N, 1), updated in place; see `forward`.
+        pulls: the terms are wanted.
+
+    Returns:
+        `exp(z_j - top) f_j`, 0 at the label, (N, width) in the dtype of `logits`, meaningless
+        unless `pulls`; and what sums so far were rescaled by, (N, 1).
+    """
+    z = _finished(logits, bias, softcap)
+    rows, columns = _labelled(labels, z.shape[1])
+    z_label[rows, 0] = z[rows, columns]
+    new_top = torch.maximum(top, z.amax(1, keepdim=True))
+    slope = _slope(z, softcap) if pulls else None
+    terms = z.sub_(new_top).exp_()
+    terms[rows, columns] = 0
+    rescale = torch.exp(top - new_top)
+    others.mul_(rescale).add_(terms.sum(1, keepdim=True))
+    top.copy_(new_top)
+    if slope is not None:
+        terms *= slope
+    return (terms.to(logits.dtype) if pulls else terms), rescale
+
+
+def _logit_gradients(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    lse: Tensor,
+    missing: Tensor,
+    scale: Tensor,
+    sums: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`scale (softmax(z) - onehot(y)) f` of a block, (N, width); its logits are overwritten.
+
+    `lse`, `missing` (1 - p_y) and `scale` are (N, 1); the rest is as in `_absorb`. Second comes
+    its sum over the rows, (width,), where `sums` asks for it.
+    """
+    z = _finished(logits, bias, softcap)
+    rows, columns = _labelled(labels, z.shape[1])
+    slope = _slope(z, softcap)
+    grad = z.sub_(lse).exp_()
+    grad[rows, columns] = -missing[rows, 0]
+    grad *= scale
+    if slope is not None:
+        grad *= slope
+    return grad, grad.sum(0) if sums else None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -147,9 +221,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         later: Postponed | None,
         block_bytes: int,
+        in_triton: bool,
     ) -> Tensor:
         need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         ctx.softcap, ctx.later, ctx.block_bytes = softcap, later, block_bytes
+        ctx.in_triton = in_triton
 
         n, dtype = hidden.shape[0], _accumulator(hidden)
         top = hidden.new_full((n, 1), float("-inf"), dtype=dtype)  # running maximum
@@ -159,20 +235,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # softcap's derivative (1 without); this accumulates the sum.
         pull = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
 
-        for start, stop, logits in _blocks(hidden, weight, bias, softcap, block_bytes):
-            rows, columns = _labelled(labels, start, stop)
-            z_label[rows, 0] = logits[rows, columns]
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            slope = _slope(logits, softcap) if need_hidden else None
-            terms = logits.sub_(new_top).exp_()
-            terms[rows, columns] = 0
-            rescale = torch.exp(top - new_top)
-            others.mul_(rescale).add_(terms.sum(1, keepdim=True))
-            top = new_top
+        absorb = _absorb
+        if in_triton:
+            from tinyft.kernels.gpu.chunked_cross_entropy import absorb
+        for start, stop, logits in _blocks(hidden, weight, block_bytes):
+            block_bias = None if bias is None else bias[start:stop]
+            terms, rescale = absorb(
+                logits, block_bias, labels - start, softcap, top, others, z_label, need_hidden
+            )
             if pull is not None:
-                if slope is not None:
-                    terms *= slope
-                pull.mul_(rescale).add_(terms.to(weight.dtype) @ weight[start:stop])
+                pull.mul_(rescale).add_(terms @ weight[start:stop])
 
         total = others + torch.exp(z_label - top)
         lse = top + torch.log(total)
@@ -200,9 +272,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = (pull * grad_losses.unsqueeze(1)).to(pull.dtype)
         if of_head:
             needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-            make = partial(
-                _head_gradients, *of_head, grad_losses, ctx.softcap, ctx.block_bytes, *needs
-            )
+            options = ctx.softcap, ctx.block_bytes, ctx.in_triton
+            make = partial(_head_gradients, *of_head, grad_losses, *options, *needs)
             if ctx.later is None:
                 grad_weight, grad_bias = make()
             else:
@@ -212,7 +283,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     weight.new_zeros(()).expand_as(t) if need else None
                     for t, need in zip((weight, bias), needs, strict=True)
                 )
-        return grad_hidden, grad_weight, None, grad_bias, None, None, None
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
 def _head_gradients(
@@ -225,6 +296,7 @@ def _head_gradients(
     grad_losses: Tensor,
     softcap: float | None,
     block_bytes: int,
+    in_triton: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -232,25 +304,25 @@ def _head_gradients(
     grad_weight = torch.empty_like(weight) if need_weight else None
     grad_bias = torch.empty_like(bias) if need_bias else None
     scale = (grad_losses * (labels != IGNORE)).unsqueeze(1)
-    for start, stop, logits in _blocks(hidden, weight, bias, softcap, block_bytes):
-        rows, columns = _labelled(labels, start, stop)
-        slope = _slope(logits, softcap)
-        grad_logits = logits.sub_(lse).exp_()
-        grad_logits[rows, columns] = -missing[rows, 0]
-        grad_logits *= scale
-        if slope is not None:
-            grad_logits *= slope
+    logit_gradients = _logit_gradients
+    if in_triton:
+        from tinyft.kernels.gpu.chunked_cross_entropy import logit_gradients
+    for start, stop, logits in _blocks(hidden, weight, block_bytes):
+        block_bias = None if bias is None else bias[start:stop]
+        grad_logits, sums = logit_gradients(
+            logits, block_bias, labels - start, softcap, lse, missing, scale, need_bias
+        )
         if grad_bias is not None:
-            grad_bias[start:stop] = grad_logits.sum(0)
+            grad_bias[start:stop] = sums
         if grad_weight is not None:
             torch.mm(grad_logits.to(weight.dtype).t(), hidden, out=grad_weight[start:stop])
     return grad_weight, grad_bias
 
 
-def _labelled(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Rows whose label lies in [start, stop), and the label's column in that block."""
-    rows = ((labels >= start) & (labels < stop)).nonzero().squeeze(1)
-    return rows, labels[rows] - start
+def _labelled(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows whose label lies in a block of `width` columns, and the label's column in it."""
+    rows = ((labels >= 0) & (labels < width)).nonzero().squeeze(1)
+    return rows, labels[rows]
 
 
 def _slope(logits: Tensor, softcap: float | None) -> Tensor | None:

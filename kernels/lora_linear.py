@@ -78,8 +78,9 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, A, B, inner = ctx.saved_tensors
         need_x, _, _, need_y, need_A, need_B, _ = ctx.needs_input_grad
         grad = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_inner = (grad @ B.to(grad.dtype)) * ctx.scale
         grad_x = grad_A = grad_B = None
+        if need_x or need_A:
+            grad_inner = (grad @ B.to(grad.dtype)) * ctx.scale
         if need_x:
             if weight is None:
                 grad_x = grad_inner @ A.to(grad.dtype)

@@ -12,10 +12,14 @@ The contract that every implementation keeps:
 * a block's output is words `w0 w1 w2 w3`; its 128 bits are numbered little-endian: bit `i` is bit
   `i % 32` of word `i // 32`, and half-word `h` is bits `16 h ... 16 h + 15`.
 * `signs`: bit 0 -> +1, bit 1 -> -1.
-* `gaussians`: half-word `k` -> `gaussian_table()[k]`, the standard normal's 65,536 mid-quantiles
+* `gaussians`: half-word `k` -> `table("gaussians")[k]`, the standard normal's 65,536 mid-quantiles
   scaled to unit variance. A table is the same everywhere, which no `log` or `cos` is; its largest
   value is 4.32.
-* matrices: each row starts a new block, so that rows can be drawn on their own (`matrix_counters`).
+* `levels`: nibble `k` (bits `4 k ... 4 k + 3`) likewise, of 16 mid-quantiles, the largest 1.93:
+  four bits a number.
+* matrices: each row starts a new block, so that rows can be drawn on their own (`matrix_counters`);
+  a matrix has at most 2**32 blocks.
+* `stream`: `DENSE`, `LEFT`, `RIGHT` or `ROUNDING` in the low three bits, the probe above them.
 """
 
 from __future__ import annotations
@@ -26,35 +30,55 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tinyft.kernels.dispatch import choose
+
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
-SIGNS_PER_BLOCK = 128
-GAUSSIANS_PER_BLOCK = 8
+PER_BLOCK = {"signs": 128, "levels": 32, "gaussians": 8}  # numbers that a block's 128 bits make
+SIGNS_PER_BLOCK = PER_BLOCK["signs"]
+# Entries of a matrix; the sign vectors left and right of one; noise for stochastic rounding.
+DENSE, LEFT, RIGHT, ROUNDING = range(4)
 
 
-def philox(counter: Tensor, seed: int, rounds: int = 10) -> Tensor:
+def philox_ref(counter: Tensor, seed: int) -> Tensor:
+    """`philox` in plain torch.
+
+    int64 products wrap modulo 2**64, which leaves the bits of the 32 x 32 -> 64 bit product exact.
+    """
+    c0, c1, c2, c3 = counter.unbind(0)
+    k0, k1 = seed & _MASK, seed >> 32 & _MASK
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        high0, high1 = p0.bitwise_right_shift(32), p1.bitwise_right_shift(32)
+        # What is multiplied next has to be 32 bits wide; c1 and c3 need not.
+        c0, c1 = high1.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK), p1
+        c2, c3 = high0.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK), p0
+        k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
+    # The cast keeps the low 32 bits: what the caller wants is bits, not numbers.
+    return torch.stack((c0, c1, c2, c3), dim=1).to(torch.int32)
+
+
+def philox_triton(counter: Tensor, seed: int) -> Tensor:
+    """`philox` as one Triton kernel."""
+    from tinyft.kernels.gpu import philox as gpu
+
+    return gpu.words(counter, seed)
+
+
+def philox(counter: Tensor, seed: int, *, impl: str = "auto") -> Tensor:
     """The 128 bits at each counter.
 
     Args:
         counter: `(4, N)` int64, words in `[0, 2**32)`.
         seed: the key, `0 <= seed < 2**64`.
-        rounds: 10 is the published strength.
+        impl: see `dispatch`.
 
     Returns:
-        `(N, 4)` int32: the words' bits. (int64 products wrap modulo 2**64, which leaves the bits of
-        the 32 x 32 -> 64 bit product exact.)
+        `(N, 4)` int32: the words' bits.
     """
-    c0, c1, c2, c3 = counter.unbind(0)
-    k0, k1 = seed & _MASK, seed >> 32 & _MASK
-    for _ in range(rounds):
-        p0, p1 = c0 * _M0, c2 * _M1
-        high0, high1 = p0.bitwise_right_shift(32), p1.bitwise_right_shift(32)
-        c0, c1 = high1.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK), p1.bitwise_and_(_MASK)
-        c2, c3 = high0.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
-        k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
-    # The cast keeps the low 32 bits: what the caller wants is bits, not numbers.
-    return torch.stack((c0, c1, c2, c3), dim=1).to(torch.int32)
+    run = philox_triton if choose("philox", impl, counter) == "triton" else philox_ref
+    return run(counter, seed)
 
 
 def matrix_counters(
@@ -77,17 +101,82 @@ def signs(words: Tensor) -> Tensor:
     return ones.view(words.shape[0], SIGNS_PER_BLOCK)
 
 
-def gaussians(words: Tensor) -> Tensor:
-    """`(N, 4)` int32 words -> `(N, 8)` float32 standard normals (65,536 levels, variance 1)."""
+def levels(words: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """`(N, 4)` int32 words -> `(N, 32)` float32 of 16 levels, mean 0 and variance 1; `numbers` is
+    their table, given where it is an input (of a graph)."""
+    return _looked_up(words, 4, table("levels", words.device) if numbers is None else numbers)
+
+
+def gaussians(words: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """`(N, 4)` int32 words -> `(N, 8)` float32 standard normals (65,536 levels, variance 1);
+    `numbers` as for `levels`."""
+    if numbers is not None:
+        return _looked_up(words, 16, numbers)
     assert sys.byteorder == "little", "half-words are read in little-endian order"
-    half_words = words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-    table = gaussian_table(words.device)
-    return table.index_select(0, half_words.flatten()).view(words.shape[0], GAUSSIANS_PER_BLOCK)
+    index = words.view(torch.uint16).to(torch.int32).flatten()  # a third faster than by shifts
+    return table("gaussians", words.device).index_select(0, index).view(words.shape[0], -1)
 
 
-@lru_cache(maxsize=4)
-def gaussian_table(device: torch.device | str = "cpu") -> Tensor:
-    """The 65,536 mid-quantiles `ndtri((k + 1/2) / 65536)` scaled to variance 1, float32."""
-    half = torch.special.ndtri((torch.arange(32768, dtype=torch.float64) + 0.5) / 65536)
+def _looked_up(words: Tensor, bits: int, numbers: Tensor) -> Tensor:
+    """The numbers that each `bits` bits of the words index, `(N, 128 / bits)`."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    index = words.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
+    return numbers.index_select(0, index.flatten()).view(words.shape[0], -1)
+
+
+@lru_cache(maxsize=8)
+def table(kind: str, device: torch.device | str = "cpu") -> Tensor:
+    """The standard normal's mid-quantiles `ndtri((k + 1/2) / n)` scaled to variance 1, float32;
+    n = 16 for `levels` and 65,536 for `gaussians`."""
+    n = 16 if kind == "levels" else 65536
+    half = torch.special.ndtri((torch.arange(n // 2, dtype=torch.float64) + 0.5) / n)
     quantiles = torch.cat((half, -half.flip(0)))  # exactly antisymmetric: the mean is exactly 0
     return (quantiles / quantiles.square().mean().sqrt()).float().to(device)
+
+
+def matrix_ref(
+    kind: str, rows: Tensor, cols: int, *, seed: int, tensor: int, step: int, stream: int
+) -> Tensor:
+    """`matrix` in plain torch."""
+    counters = matrix_counters(rows, -(-cols // PER_BLOCK[kind]), tensor, step, stream)
+    words = philox_ref(counters, seed)
+    numbers = {"signs": signs, "levels": levels, "gaussians": gaussians}[kind](words)
+    return numbers.view(len(rows), -1)[:, :cols]
+
+
+def matrix_triton(
+    kind: str, rows: Tensor, cols: int, *, seed: int, tensor: int, step: int, stream: int
+) -> Tensor:
+    """`matrix` as one Triton kernel, the bits never in memory."""
+    from tinyft.kernels.gpu import philox as gpu
+
+    return gpu.matrix(kind, rows, cols, seed, tensor, step, stream)
+
+
+def matrix(
+    kind: str,
+    rows: Tensor,
+    cols: int,
+    *,
+    seed: int,
+    tensor: int,
+    step: int,
+    stream: int = DENSE,
+    impl: str = "auto",
+) -> Tensor:
+    """Rows of a random matrix, the same on every backend.
+
+    Args:
+        kind: `"signs"`, `"levels"` or `"gaussians"`.
+        rows: `(n,)` int64, the wanted rows, in any order.
+        cols: columns of the matrix.
+        seed, tensor, step, stream: key and counter; see the module's docstring.
+        impl: see `dispatch`.
+
+    Returns:
+        `(n, cols)` float32.
+    """
+    if kind not in PER_BLOCK:
+        raise ValueError(f"kind is one of {', '.join(PER_BLOCK)}; found {kind!r}.")
+    run = matrix_triton if choose("philox.matrix", impl, rows) == "triton" else matrix_ref
+    return run(kind, rows, cols, seed=seed, tensor=tensor, step=step, stream=stream)

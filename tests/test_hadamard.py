@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tinyft.kernels.hadamard import fwht_ref, hadamard_matrix, hadamard_rows
+from tinyft.kernels.hadamard import (
+    fwht_ref,
+    hadamard_matrix,
+    hadamard_product,
+    hadamard_rows,
+    paley_matrix,
+    split_size,
+)
 
 
 def definition(n):
@@ -28,6 +35,31 @@ def test_rows_of_a_part(rows, cols):
     assert torch.equal(hadamard_rows(index, cols), definition(n)[index, :cols])
 
 
+@pytest.mark.parametrize(("cols", "out"), [(1, 1), (1, 5), (5, 3), (100, 70), (70, 200), (9, 256)])
+def test_product_with_a_part(cols, out):
+    x = torch.randn(2, 3, cols, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h = definition(1 << (max(cols, out) - 1).bit_length()).double()
+    torch.testing.assert_close(hadamard_product(x, out), x @ h[:cols, :out], rtol=0, atol=1e-11)
+
+
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match="found 12"):
         fwht_ref(torch.zeros(12))
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (64, 1), (12, 12), (40, 20), (576, 36), (960, 60), (14336, 28), (4864, 76)]
+)
+def test_dense_factors(n, m):
+    """Of both of Paley's kinds, and the smallest that there is."""
+    assert split_size(n) == (m, n // m)
+    if m > 1:
+        h = paley_matrix(m, torch.float64)
+        assert torch.equal(h.abs(), torch.ones_like(h))
+        assert torch.equal(h @ h.T, m * torch.eye(m, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [0, -4, 6, 15, 172, 11008])
+def test_sizes_without_a_dense_factor_are_refused(n):
+    with pytest.raises(ValueError, match=f"size {n} is known"):
+        split_size(n)

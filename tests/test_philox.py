@@ -54,20 +54,28 @@ def test_signs_follow_the_bit_numbering_of_the_contract():
     assert philox.signs(words)[0].tolist() == [1.0 - 2 * b for b in bits]
 
 
-def test_gaussian_table_holds_the_normal_quantiles():
-    table = philox.gaussian_table().double()
-    normal = NormalDist()
-    for k in (0, 1, 100, 32767, 32768, 50000, 65535):
-        assert table[k].item() == pytest.approx(normal.inv_cdf((k + 0.5) / 65536), rel=1e-4)
+@pytest.mark.parametrize(("kind", "n"), [("levels", 16), ("gaussians", 65536)])
+def test_tables_hold_the_normal_quantiles(kind, n):
+    table, normal = philox.table(kind).double(), NormalDist()
+    quantiles = [normal.inv_cdf((k + 0.5) / n) for k in range(n)]
+    scale = (sum(q * q for q in quantiles) / n) ** 0.5
+    for k in (0, 1, n // 3, n // 2 - 1, n // 2, n - 1):
+        assert table[k].item() == pytest.approx(quantiles[k] / scale, rel=1e-6)
     assert table.square().mean().item() == pytest.approx(1, abs=1e-6)
     assert torch.equal(table, -table.flip(0))
 
 
 def test_gaussians_read_half_words_little_endian():
     words = torch.tensor([[0x00010002, 0, 0, -1]], dtype=torch.int32)
-    table = philox.gaussian_table()
+    table = philox.table("gaussians")
     expected = table[torch.tensor([2, 1, 0, 0, 0, 0, 65535, 65535])]
     assert torch.equal(philox.gaussians(words)[0], expected)
+
+
+def test_levels_read_nibbles_from_the_lowest():
+    words = torch.tensor([[0x76543210, 0, -1, -(2**31)]], dtype=torch.int32)
+    index = [*range(8), *[0] * 8, *[15] * 8, *[0] * 7, 8]
+    assert torch.equal(philox.levels(words)[0], philox.table("levels")[torch.tensor(index)])
 
 
 def test_rows_can_be_drawn_alone():
