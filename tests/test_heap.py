@@ -42,6 +42,17 @@ def test_trims_beyond_what_was_in_use_and_slack(machine):
     assert machine["trims"] == 2
 
 
+def test_looks_before_each_layer_runs(machine):
+    layer, watch = torch.nn.Linear(2, 2), heap.HeapWatch()
+    with watch.before([layer]):
+        machine.update(now=200, holes=60)
+        layer(torch.ones(2))
+    assert machine["trims"] == 1
+    machine.update(now=400, holes=200)
+    layer(torch.ones(2))
+    assert machine["trims"] == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_room_changes_no_value(dtype):
     x = torch.randn(130, 260, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -56,6 +59,31 @@ def test_without_proc_psutil_is_asked(monkeypatch, tmp_path):
     expected = resident_bytes()
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "nothing")
     assert resident_bytes() == pytest.approx(expected, rel=0.05)
+
+
+PRODUCTS = """
+import torch
+from tinyft.memory import bound_compiled_products, resident_bytes, trim
+
+bound_compiled_products()
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+
+def products(lengths):
+    for n in lengths:
+        torch.ones(n, 256, dtype=torch.bfloat16) @ weight
+    trim()
+    return resident_bytes()
+
+before = products(range(2, 80))
+print(products(range(80, 800)) - before)
+"""
+
+
+def test_products_of_many_shapes_do_not_pile_up():
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCTS], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert int(done.stdout) < 24 * MIB  # 390 MiB where every one is kept
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,15 @@ MODES = ("none", "selective", "full")
 @contextmanager
 def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
     """Run a forward pass inside this; the backward pass may come outside, and may come never."""
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     # Of an embedding or a head: its gradient, and a second where one weight is both.
     largest_bytes = max((2 * p.numel() * p.element_size() for p in outside), default=0)
+    recipes = Rematerialise() if mode == "selective" else None
     for i, block in enumerate(blocks):
         block.forward = partial(
-            _run_block, block.forward, watch, mode == "full", 0 if i else largest_bytes
+            _run_block, block.forward, watch, mode == "full", recipes, 0 if i else largest_bytes
         )
     # A cache of keys and values is for generating; a block that runs again would fill it again.
     config = getattr(model, "config", None)
@@ -50,7 +51,10 @@ def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
     if cached:
         config.use_cache = False
     try:
-        with Roomy(), Rematerialise() if mode == "selective" else nullcontext():
+        # Only where there is a heap: on a GPU the mode would keep Triton's kernels away.
+        on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+        room = Roomy() if on_cpu else nullcontext()
+        with room, recipes or nullcontext():
             yield
     finally:
         if cached:
@@ -62,7 +66,7 @@ def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
         watch.check()  # the peak comes next, when the backward pass begins
 
 
-def _blocks(model: nn.Module) -> Sequence[nn.Module]:
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     """The items of the `nn.ModuleList` with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
@@ -72,6 +76,7 @@ def _run_block(
     forward: Callable[..., Any],
     watch: HeapWatch,
     again: bool,
+    recipes: Rematerialise | None,
     coming_bytes: int,
     *args: Any,
     **kwargs: Any,
@@ -81,8 +86,10 @@ def _run_block(
     `coming_bytes`: of the gradients that the backward pass makes after this block's.
     """
     watch.check()
-    if coming_bytes and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+    if args and isinstance(args[0], Tensor) and args[0].requires_grad:
         args[0].register_hook(lambda grad: watch.check(coming_bytes))
+        if recipes:
+            recipes.begin_from(args[0])
     run = partial(checkpoint, forward, use_reentrant=False) if again else forward
     return run(*args, **kwargs)
 
@@ -95,6 +102,7 @@ _CHEAP = {
     aten.div,
     aten.exp,
     aten.gelu,
+    aten.index_select,
     aten.mul,
     aten.native_layer_norm,
     aten.neg,
@@ -124,6 +132,7 @@ _VIEWS = {
     aten.view,
     aten._unsafe_view,
 }
+_SWEEP_BYTES = 1 << 25
 _LONGEST = 12  # operations to make one tensor again
 
 
@@ -141,7 +150,7 @@ class Rematerialise(TorchDispatchMode):
         # By address of the storage. The weak reference keeps the address from being used again.
         self._made: dict[int, tuple[StorageWeakRef, dict[Any, _Recipe]]] = {}
         self._held: dict[int, StorageWeakRef] = {}
-        self._sweep_at = 64
+        self._sweep_at, self._recorded_bytes = 64, 0
         # What was cooked last, with its intermediates: q, k and v save the same input, a product
         # and its factor are saved by neighbours.
         self._cooked: dict[_Recipe, Tensor] = {}
@@ -178,15 +187,26 @@ class Rematerialise(TorchDispatchMode):
                     self._made.pop(changed.untyped_storage()._cdata, None)
         return out
 
+    def begin_from(self, tensor: Tensor) -> None:
+        """Make nothing again from what came before `tensor`, a block's input."""
+        self._made.pop(tensor.untyped_storage()._cdata, None)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Results that died free their leaves: a head's blocks of logits, 0.2 GB in all, say."""
+        self._recorded_bytes = 0
+        self._made = {k: v for k, v in self._made.items() if not v[0].expired()}
+        self._sweep_at = len(self._made) + 32
+
     def _record(self, made: Tensor, recipe: _Recipe) -> None:
         if recipe.length > _LONGEST:
             return
         storage = made.untyped_storage()
         _, recipes = self._made.setdefault(storage._cdata, (StorageWeakRef(storage), {}))
         recipes[_geometry(made)] = recipe
-        if len(self._made) >= self._sweep_at:  # results that died free their leaves
-            self._made = {k: v for k, v in self._made.items() if not v[0].expired()}
-            self._sweep_at = len(self._made) + 32
+        self._recorded_bytes += storage.nbytes()
+        if len(self._made) >= self._sweep_at or self._recorded_bytes >= _SWEEP_BYTES:
+            self._sweep()
 
     def _recipe_of(self, tensor: Tensor) -> _Recipe | None:
         entry = self._made.get(tensor.untyped_storage()._cdata)
@@ -206,7 +226,9 @@ class Rematerialise(TorchDispatchMode):
                 if not isinstance(leaf, nn.Parameter) and not self._is_held(leaf.untyped_storage())
             }
             unchanged = all(leaf._version == version for leaf, version in recipe.leaves)
-            if unchanged and sum(s.nbytes() for s in fresh.values()) < storage.nbytes():
+            # By a tenth, or the room that `Roomy` adds to some results would count: sums of a
+            # residual stream would be made again for nothing.
+            if unchanged and sum(s.nbytes() for s in fresh.values()) < 0.9 * storage.nbytes():
                 self._held |= {key: StorageWeakRef(s) for key, s in fresh.items()}
                 return recipe
         self._held[storage._cdata] = StorageWeakRef(storage)
@@ -229,6 +251,8 @@ def _kind(func: Any) -> str | None:
     if func._schema.is_mutable:  # in place, or with `out=`
         return "mutable"
     packet = func.overloadpacket
+    if func.namespace == "bitsandbytes" and packet.__name__ == "dequantize_4bit":
+        return "cheap"  # a weight from its packed bits
     return "view" if packet in _VIEWS else "cheap" if packet in _CHEAP else None
 
 

@@ -75,22 +75,23 @@ class Batch:
         """At most `n_parts` batches of consecutive examples, as equal in size as can be, each with
         the padding that all its rows share cut off."""
         bounds = np.linspace(0, self.size, min(n_parts, self.size) + 1).round().astype(int)
+        return [self.examples(*pair) for pair in pairwise(bounds)]
 
-        def part(begin: int, end: int) -> Batch:
-            def rows(tensor: Tensor) -> Tensor:  # of every copy the rows of examples begin..end
-                by_example = tensor.unflatten(0, (self.copies, self.size, -1))
-                return by_example[:, begin:end].flatten(0, 2)
+    def examples(self, begin: int, end: int) -> Batch:
+        """Those from `begin` to before `end`, of every copy, without the padding of all."""
 
-            chosen = self._map(rows)
-            width = int(chosen.attention_mask.sum(1).max())
-            narrow = {
-                name: getattr(chosen, name)[:, :width]
-                for name in ("input_ids", "attention_mask", "labels")
-                if getattr(chosen, name) is not None
-            }
-            return replace(chosen, **narrow)
+        def rows(tensor: Tensor) -> Tensor:
+            by_example = tensor.unflatten(0, (self.copies, self.size, -1))
+            return by_example[:, begin:end].flatten(0, 2)
 
-        return [part(*pair) for pair in pairwise(bounds)]
+        chosen = self._map(rows)
+        width = int(chosen.attention_mask.sum(1).max())
+        narrow = {
+            name: getattr(chosen, name)[:, :width]
+            for name in ("input_ids", "attention_mask", "labels")
+            if getattr(chosen, name) is not None
+        }
+        return replace(chosen, **narrow)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -78,6 +78,14 @@ def _packed_product(name: str, args: tuple, out: Any) -> int:
     return 0
 
 
+def flops_of(func: Any, args: tuple, out: Any) -> int:
+    """FLOPs of one dispatched operator, given its positional arguments and its result."""
+    packet = func._overloadpacket
+    if formula := _FORMULAS.get(packet):
+        return formula(args, out)
+    return _packed_product(packet.__name__, args, out) if func.namespace == "bitsandbytes" else 0
+
+
 class FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of everything that runs inside it, backward passes too.
 
@@ -100,16 +108,10 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        formula = _FORMULAS.get(packet)
-        if formula is not None:
-            count = formula(args, out)
-        elif func.namespace == "bitsandbytes":
-            count = _packed_product(packet.__name__, args, out)
-        else:
-            return out
-        self.flops += count
-        self.by_operator[packet.__name__] = self.by_operator.get(packet.__name__, 0) + count
+        if count := flops_of(func, args, out):
+            name = func._overloadpacket.__name__
+            self.flops += count
+            self.by_operator[name] = self.by_operator.get(name, 0) + count
         return out
 
 

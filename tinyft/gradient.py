@@ -6,8 +6,9 @@ in the middle of the backward pass, and the gradient is freed: gradients are nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tinyft.activations import MODES, keeping
 from tinyft.errors import InputError
 from tinyft.heap import HeapWatch
+from tinyft.importance import sweep, undisturbed
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite
 from tinyft.updates import update_rule
@@ -60,12 +62,18 @@ class GradientOptimizer(Optimizer):
             )
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(list(parameters), defaults)
-        self.model, self.rule = model, update_rule(optimizer)
+        self.model, self.rule, self.rule_name = model, update_rule(optimizer), optimizer
         self.grad_clip, self.grad_accumulation = grad_clip, grad_accumulation
         self.checkpointing = checkpointing
         self.steps = 0
         reuse_heap()
         self._heap = HeapWatch()
+
+    @staticmethod
+    def arguments(config: Any) -> dict[str, Any]:
+        """Of these keyword arguments, those that a run's configuration holds, for `attach`."""
+        names = ("weight_decay", "optimizer", "grad_clip", "grad_accumulation", "checkpointing")
+        return {name: getattr(config, name) for name in names}
 
     def step(  # type: ignore[override]
         self, closure: Callable[..., Tensor] | None = None, batch: Any = None
@@ -75,26 +83,31 @@ class GradientOptimizer(Optimizer):
         if closure is None:
             self._update_all()
             return None
+        self.clean = True
         for _, parameter in self._named():
             parameter.grad = None
             # Before the first activations: moments made among them, in the backward pass, left
             # holes in the heap that the next step could not use (0.3 GB for 135M parameters).
             if parameter.requires_grad:
                 self._state_of(parameter)
-        parts = [None] if batch is None else _split(batch, self.grad_accumulation)
+        parts = [None] if batch is None else split(batch, self.grad_accumulation)
         total = 0.0
         for part in parts:
-            with torch.enable_grad(), keeping(self.model, self.checkpointing, self._heap):
+            with torch.enable_grad(), self.keeping():
                 if part is None:
                     loss = closure()
                 else:
-                    share = _size(part) / _size(batch) if len(parts) > 1 else 1.0
+                    share = size_of(part) / size_of(batch) if len(parts) > 1 else 1.0
                     loss = call_per_example(closure, part).mean() * share
             check_finite(loss.detach(), self.steps + 1)
             self._backward(loss, is_last=part is parts[-1])
             total = total + loss.detach().float()
         self._update_all()
         return total
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """What forward passes run under: see `tinyft.activations.keeping`."""
+        return keeping(self.model, self.checkpointing, self._heap)
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Gradients of `loss`, each used at once where possible."""
@@ -129,6 +142,7 @@ class GradientOptimizer(Optimizer):
     @torch.no_grad()
     def _use(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Update `parameter` by its gradient, and free that."""
+        self.clean = False
         self.rule.step(parameter, parameter.grad, self._state_of(parameter), group)
         parameter.grad = None
         if parameter.numel() >= _LARGE:
@@ -158,6 +172,54 @@ class GradientOptimizer(Optimizer):
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
             yield from zip(group["param_names"], group["params"], strict=True)
+
+    # In less memory.
+
+    @property
+    def n_parts(self) -> int:
+        return self.grad_accumulation
+
+    def cost_key(self) -> Hashable:
+        return self.checkpointing
+
+    def settings(self, size: int) -> list[dict[str, Any]]:
+        """Smaller parts, and then smaller parts with blocks recomputed."""
+        counts = [min(self.grad_accumulation, size)]
+        while counts[-1] < size:
+            counts.append(min(2 * counts[-1], size))
+        return [
+            {"checkpointing": mode, "grad_accumulation": count}
+            for mode in dict.fromkeys((self.checkpointing, "full"))
+            for count in counts
+        ]
+
+    def probe(self, closure: Callable[..., Tensor], batch: Any) -> int:
+        """Forward and backward of the first part, which is the longest. Where gradients are kept
+        for a second part, of that too, for it meets them."""
+        parts = split(batch, self.grad_accumulation)
+        with undisturbed(self.model):
+            try:
+                if len(parts) == 1 and self.grad_clip is None:
+                    loss = partial(_mean_loss, closure, batch)
+                    sweep(self, loss, lambda k, parameter, group: None)
+                else:
+                    for part in parts[:2]:
+                        with torch.enable_grad(), self.keeping():
+                            root = _mean_loss(closure, part)
+                        root.backward()
+                        del root
+            finally:
+                for _, parameter in self._named():
+                    parameter.grad = None
+        return sum(
+            self._moment_bytes(p)
+            for _, p in self._named()
+            if p.requires_grad and p not in self.state
+        )
+
+    def _moment_bytes(self, parameter: Tensor) -> int:
+        state = self.rule.start(torch.empty_like(parameter, device="meta"))
+        return sum(t.numel() * t.element_size() for t in state.values())
 
     # Resuming.
 
@@ -203,20 +265,24 @@ class GradientOptimizer(Optimizer):
                 self.state[parameter] = state
 
 
-def _size(batch: Any) -> int:
+def _mean_loss(closure: Callable[..., Tensor], part: Any) -> Tensor:
+    return call_per_example(closure, part).mean()
+
+
+def size_of(batch: Any) -> int:
     """Examples in a `Batch`, or in a dict or tuple of tensors."""
     if hasattr(batch, "size") and not isinstance(batch, Tensor):
         return batch.size
     return len(_tensors(batch)[0])
 
 
-def _split(batch: Any, parts: int) -> list[Any]:
+def split(batch: Any, parts: int) -> list[Any]:
     """At most `parts` batches of consecutive examples."""
     if parts == 1:
         return [batch]
     if hasattr(batch, "split") and not isinstance(batch, Tensor):
         return batch.split(parts)
-    pieces = [t.tensor_split(min(parts, _size(batch))) for t in _tensors(batch)]
+    pieces = [t.tensor_split(min(parts, size_of(batch))) for t in _tensors(batch)]
     rows = list(zip(*pieces, strict=True))
     if isinstance(batch, Mapping):
         return [dict(zip(batch, row, strict=True)) for row in rows]

@@ -9,15 +9,17 @@ a value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyft.memory import resident_bytes, trim
 
-SLACK_BYTES = 128 << 20
+SLACK_BYTES = 32 << 20
 
 
 class HeapWatch:
@@ -35,6 +37,16 @@ class HeapWatch:
         if resident_bytes() + coming_bytes > self._ceiling:
             trim()
             self._ceiling = max(self._ceiling, resident_bytes() + SLACK_BYTES)
+
+    @contextmanager
+    def before(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Meanwhile, `check` before each run of each of these modules."""
+        hooks = [m.register_forward_pre_hook(lambda *_: self.check()) for m in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 aten = torch.ops.aten

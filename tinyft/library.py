@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tinyft.checkpoint import write_directory_atomic
 from tinyft.config import TrainConfig
 from tinyft.errors import InputError
 from tinyft.inputs import pick_device, read_source
 from tinyft.progress import Reporter, make_reporter
 from tinyft.train import Result, run
+
+if TYPE_CHECKING:
+    from tinyft.budget import Budget
+    from tinyft.planning import Planned
 
 
 def fit(
@@ -43,14 +49,49 @@ def fit(
         >>> tinyft.fit("smollm2-135m", "train.jsonl", method="lora", steps=50)  # doctest: +SKIP
     """
     loaded = None if isinstance(model, (str, Path)) else as_loaded(model)
-    given = {"data": data, "eval_data": eval_data}
-    rows = {name: value for name, value in given.items() if _is_rows(value)}
-    named = {
-        name: "rows" if name in rows else value and str(value) for name, value in given.items()
-    }
+    named, rows = _sources(data, eval_data)
     ref = str(model) if loaded is None else loaded.ref
     config = TrainConfig.build({"model": ref, "method": method, **named, **fields})
     return run(config, Reporter() if quiet else make_reporter(), loaded=loaded, rows=rows)
+
+
+def plan(
+    model: str | Path,
+    data: Any,
+    budget: Budget | None = None,
+    *,
+    eval_data: Any = None,
+    target: str | None = None,
+    **fields: Any,
+) -> Planned:
+    """Which method fits a budget, and what it will take: `tinyft plan` as a function.
+
+    Args:
+        model: a hub id, folder, GGUF file or built-in name; a folder with a configuration and a
+            tokenizer is enough.
+        data, eval_data: as for `fit`.
+        budget: the limits (or `memory`, `flops`, `time` and `energy` among `fields`); memory
+            without one is what the machine has free.
+        target: a device of `tinyft targets`; this machine if None.
+        fields: any field of `TrainConfig` or option of a method, kept as given.
+
+    Returns:
+        The plan; its `config` holds what `fit` takes.
+
+    Raises:
+        InputError: naming all that is wrong with the arguments.
+
+    Example:
+        >>> found = tinyft.plan(  # doctest: +SKIP
+        ...     "smollm2-135m", "train.jsonl", tinyft.Budget.parse(memory="1.5GiB")
+        ... )
+        >>> tinyft.fit(**found.config)  # doctest: +SKIP
+    """
+    from tinyft.planning import make_plan
+
+    named, rows = _sources(data, eval_data)
+    values = {"model": str(model), **named, **fields}
+    return make_plan(values, budget, target=target, rows=rows)
 
 
 def score(
@@ -116,11 +157,79 @@ def merge(source: str | Path, output: str | Path, *, dtype: str = "auto") -> Non
     """
     from tinyft.models import load, save_model
 
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output} is not empty: name a new folder.")
+    output = _empty(output)
     loaded = load(source, dtype=dtype)
     save_model(loaded.model, loaded.tokenizer, output)
+
+
+def is_packed(ref: str | Path) -> bool:
+    """Whether a reference is a folder with a packed model."""
+    return (Path(ref) / "packed.json").is_file()
+
+
+def copy_packed(source: str | Path, output: str | Path) -> None:
+    """The packed model in a run's folder, without the rest of the run.
+
+    Raises:
+        InputError: the run has not finished, or `output` already holds something.
+    """
+    from tinyft.references import locate
+
+    output, source = _empty(output), locate(source).path
+    wanted = ("packed.*", "*config.json", "tokenizer*", "*.jinja", "special_tokens_map.json")
+    files = {path for pattern in wanted for path in source.glob(pattern)}
+    with write_directory_atomic(output) as work:
+        for path in files:
+            shutil.copy(path, work / path.name)
+
+
+def pack(config: TrainConfig) -> dict[str, int]:
+    """Rotate and quantise a model without training it: `tinyft export --format packed`.
+
+    Args:
+        config: of a run of `roste`, whose data calibrate; what is about training is not used.
+
+    Returns:
+        Bytes of the weights: `linear`, `embedding`, `rest`.
+
+    Raises:
+        InputError: another method, bad input, or an output folder that holds something.
+    """
+    from tinyft.data import Batches, encode, pad_id
+    from tinyft.losses import objective
+    from tinyft.models import load
+    from tinyft.optim.roste import RoSTE
+    from tinyft.rotated import artefact
+
+    if config.method != RoSTE.name:
+        raise InputError(f"--format packed is for roste, not for {config.method}.")
+    output = _empty(config.output)
+    examples, _ = read_source(config.data, None, config.skip_bad_rows)
+    loaded = load(config.model, dtype=config.dtype, device=pick_device(config.device))
+    encoded = encode(
+        examples,
+        loaded.tokenizer,
+        objective=config.objective,
+        max_length=config.max_length,
+        encoder=loaded.kind == "encoder",
+    )
+    batches = Batches(encoded, config.batch_size, seed=config.seed, pad_id=pad_id(loaded.tokenizer))
+    optimizer = RoSTE.attach(loaded.model, config)
+    loss = objective(encoded.kind)
+    optimizer.prepare(lambda batch: loss(loaded.model, batch), batches)
+    with write_directory_atomic(output) as work:
+        sizes = artefact.save(optimizer.rotated, loaded.tokenizer, work)
+        for name, draw in optimizer.plots().items():
+            draw(work / name)
+    return sizes
+
+
+def _empty(output: str | Path | None) -> Path:
+    """`output`, of which nothing is there yet."""
+    output = Path(str(output))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {output} is not empty: name a new folder.")
+    return output
 
 
 def as_loaded(model: Any) -> Any:
@@ -150,6 +259,14 @@ def as_loaded(model: Any) -> Any:
         num_labels=model.config.num_labels if encoder else None,
         seed=0,
     )
+
+
+def _sources(data: Any, eval_data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both as fields of `TrainConfig`, and those that are rows themselves."""
+    given = {"data": data, "eval_data": eval_data}
+    rows = {name: value for name, value in given.items() if _is_rows(value)}
+    named = {k: "rows" if k in rows else v and str(v) for k, v in given.items()}
+    return named, rows
 
 
 def _is_rows(value: Any) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,10 +28,20 @@ from tinyft.modules import is_plain_linear
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 32 << 20  # float32 logits of one piece through a head module
+PIECE_BYTES = 16 << 20  # float32 logits of one piece through a head module
 _NO_LOSS = -100
 
 Objective = Callable[[nn.Module, Any], Tensor]
+
+
+def objective_of(asked: str, kind: str) -> Objective:
+    """The loss of a run: what is `asked` for where that has no gradient, else that of the rows.
+
+    Args:
+        asked: a run's `objective`.
+        kind: of the encoded rows.
+    """
+    return objective(asked if asked in ("accuracy", "f1") else kind)
 
 
 def objective(name: str) -> Objective:
@@ -114,7 +124,7 @@ def row_losses(model: nn.Module, batch: Any) -> Tensor:
     # The token at t is predicted at t - 1. Labels are the same in every copy.
     row, column = (batch.labels[:per_copy, 1:] != _NO_LOSS).nonzero(as_tuple=True)
     position = row * width + column
-    labels = batch.labels.view(batch.copies, -1)[:, position + 1]  # (copies, N)
+    labels = batch.labels.reshape(batch.copies, -1)[:, position + 1]  # (copies, N)
     losses = _head_losses(model, batch, position, labels)
     by_row = losses.new_zeros(batch.copies, per_copy * width).index_copy(1, position, losses)
     return by_row.view(n_rows, width).sum(1)
@@ -136,6 +146,16 @@ def choice_scores(model: nn.Module, batch: Any) -> Tensor:
     if batch.choice_mask is not None:
         scores = scores.masked_fill(~batch.choice_mask, float("-inf"))
     return scores
+
+
+def logits_at(model: nn.Module, batch: Any, position: Tensor) -> Tensor:
+    """Whole logits (copies, N, V) float32 of what predicts at flat positions (N,) of each copy.
+
+    For a graph that is exported, where memory is another's business. Call `check_head` before.
+    """
+    plan = check_head(model, batch.copies)
+    states = _selected(model, batch, position, plan)
+    return states.float() if plan.whole else _logits(_head(model), states, plan)
 
 
 def class_logits(model: nn.Module, batch: Any) -> Tensor:
@@ -178,15 +198,9 @@ def check_head(model: nn.Module, copies: int = 1) -> HeadPlan:
     """
     if model in _PLANS:
         return _PLANS[model]
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-
+    expected = _expected_plan(model)
     device = next(model.parameters()).device
-    n_words = int(getattr(config, "vocab_size", None) or 8)
+    n_words = int(getattr(_text_config(model), "vocab_size", None) or 8)
     ids = (torch.arange(1, 7, device=device) % n_words).repeat(copies, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -194,7 +208,7 @@ def check_head(model: nn.Module, copies: int = 1) -> HeadPlan:
         with torch.no_grad():
             want = model(input_ids=ids[:, :4], attention_mask=torch.ones_like(ids[:, :4])).logits
             for unmasked in (True, False):
-                plan = HeadPlan(unmasked=unmasked, scale=scale, softcap=softcap)
+                plan = replace(expected, unmasked=unmasked)
                 mask = (torch.arange(6, device=device) < 4).long().expand_as(ids)
                 hidden = _backbone(model, ids, mask, plan)
                 if hidden is None:
@@ -215,6 +229,25 @@ def check_head(model: nn.Module, copies: int = 1) -> HeadPlan:
             module.training = mode
     _PLANS[model] = plan
     return plan
+
+
+def assume_head(model: nn.Module) -> None:
+    """For a model without values: take what `check_head` finds for all but unusual models."""
+    _PLANS[model] = _expected_plan(model)
+
+
+def _expected_plan(model: nn.Module) -> HeadPlan:
+    config = _text_config(model)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return HeadPlan(unmasked=True, scale=scale, softcap=softcap)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
@@ -286,7 +319,10 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
 
     def losses_of(states: Tensor, labels: Tensor) -> Tensor:
         logits = _logits(head, states.flatten(0, 1), plan)
-        losses = nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
+        if torch.is_grad_enabled():
+            losses = nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
+        else:
+            losses = _cross_entropy_(logits, labels.flatten())
         return losses.view_as(labels)
 
     pieces = [
@@ -298,6 +334,14 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
         for s, y in _pieces(model, states, labels)
     ]
     return torch.cat(pieces, 1)
+
+
+def _cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (N,) of logits (N, V), which are overwritten: no second tensor as large."""
+    of_label = logits.gather(1, labels.unsqueeze(1))
+    top = logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    return (total.log_() + top - of_label).squeeze(1)
 
 
 def _head_scores(model: nn.Module, batch: Any, position: Tensor, ids: Tensor) -> Tensor:

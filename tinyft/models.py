@@ -108,6 +108,8 @@ def load(
     source = locate(ref)
     if source.form in ("adapter", "seed_log"):
         return _load_trained(source, dtype, base_bits, device, num_labels, seed)
+    if source.form == "packed":
+        return _load_packed(source, dtype, device, seed)
     config = _read_config(source)
     kind = _kind(config, source)
     num_labels = _num_labels(config, source, num_labels) if kind == "encoder" else None
@@ -144,6 +146,65 @@ def kind_of(ref: str | Path) -> str:
     return _kind(_read_config(source), source)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        config: as transformers reads it.
+        kind: `"causal"` or `"encoder"`.
+        tokenizer: its own.
+        dtype: what `"auto"` means for it, a key of `DTYPES`.
+    """
+
+    config: Any
+    kind: str
+    tokenizer: Any
+    dtype: str
+
+    def build(self, dtype: str, num_labels: int | None = None, config: Any = None) -> nn.Module:
+        """A model of this configuration, in evaluation mode, its weights not those of any file.
+
+        Args:
+            dtype: a key of `DTYPES`.
+            num_labels: classes of an encoder.
+            config: another one for the same kind of model.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        config = config or self.config
+        encoder = self.kind == "encoder"
+        if encoder and num_labels:
+            config.num_labels = num_labels
+        auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
+        with quiet():
+            return auto.from_config(config, dtype=DTYPES[dtype]).eval()
+
+
+def outline(ref: str | Path, device: str = "cpu") -> Outline:
+    """Read all of a model but its weights, which need not be there.
+
+    Args:
+        ref: see the module; of something trained, its base.
+        device: where it would run, which decides what dtype is meant by `"auto"`.
+
+    Raises:
+        InputError: as `load`.
+    """
+    source = locate(ref, weights=False)
+    if source.form == "packed":
+        raise InputError(
+            f"{ref} is packed already, and what trains on it is not priced. Plan on the model that "
+            f"it was made from, with --method roste."
+        )
+    if source.form in ("adapter", "seed_log"):
+        return outline(source.base, device)
+    config = _read_config(source)
+    tokenizer = load_tokenizer(source)
+    dtype = _resolve_dtype("auto", config, source, device)
+    return Outline(config, _kind(config, source), tokenizer, dtype)
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The backbone: everything from token ids to the last hidden states `(B, T, D)`."""
     return model.base_model
@@ -157,6 +218,23 @@ def head(model: nn.Module) -> nn.Module:
 
 
 # Reading it.
+
+
+def _load_packed(source: Source, dtype: str, device: str, seed: int) -> Loaded:
+    """A rotated, quantised model, which computes in the dtype that it was made in."""
+    from tinyft.rotated import artefact
+
+    model, stored = artefact.load(source.path)
+    if dtype not in ("auto", stored):
+        raise InputError(
+            f"{source.ref} computes in {stored}, as it was packed, and not in {dtype}: leave "
+            f"--dtype out."
+        )
+    tokenizer = load_tokenizer(source)
+    model.to(device)
+    return Loaded(
+        model, tokenizer, source.ref, "causal", source.path, source.own_ref, stored, 4, None, seed
+    )
 
 
 def _load_trained(
@@ -294,8 +372,11 @@ def _resolve_dtype(dtype: str, config: Any, source: Source, device: str) -> str:
 def _first_dtype(source: Source) -> str:
     from safetensors import safe_open
 
+    files = sorted(source.path.glob("*.safetensors"))
+    if not files:
+        return "float32"
     with explained(source, "its weights"):
-        with safe_open(sorted(source.path.glob("*.safetensors"))[0], "pt") as file:
+        with safe_open(files[0], "pt") as file:
             return _STORED.get(file.get_slice(next(iter(file.keys()))).get_dtype(), "float32")
 
 

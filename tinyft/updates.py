@@ -76,6 +76,10 @@ class AdamW8bit:
 
     small = 4096  # elements
     block = 256
+    piece = 1 << 18  # elements updated at a time: on a CPU each takes 24 bytes meanwhile
+
+    def __init__(self) -> None:
+        _codes(torch.device("cpu"))  # no part of the first step, which is priced
 
     def start(self, parameter: Tensor) -> State:
         if parameter.numel() < self.small:
@@ -98,25 +102,30 @@ class AdamW8bit:
         state["step"] += 1
         beta1, beta2 = group["betas"]
         signed, unsigned = _codes(parameter.device)
-        optimizer_update_8bit_blockwise(
-            "adam",
-            grad.contiguous(),
-            parameter,
-            state["state1"],
-            state["state2"],
-            beta1,
-            beta2,
-            0.0,  # beta3 and alpha belong to AdEMAMix
-            0.0,
-            group["eps"],
-            int(state["step"]),
-            group["lr"],
-            signed,
-            unsigned,
-            state["absmax1"],
-            state["absmax2"],
-            group["weight_decay"],
-        )
+        tensors = (grad.contiguous(), parameter, state["state1"], state["state2"])
+        flat = [tensor.view(-1) for tensor in tensors]
+        pieces = [t.split(self.piece) for t in flat]
+        scales = [state[name].split(self.piece // self.block) for name in ("absmax1", "absmax2")]
+        for g, p, state1, state2, absmax1, absmax2 in zip(*pieces, *scales, strict=True):
+            optimizer_update_8bit_blockwise(
+                "adam",
+                g,
+                p,
+                state1,
+                state2,
+                beta1,
+                beta2,
+                0.0,  # beta3 and alpha belong to AdEMAMix
+                0.0,
+                group["eps"],
+                int(state["step"]),
+                group["lr"],
+                signed,
+                unsigned,
+                absmax1,
+                absmax2,
+                group["weight_decay"],
+            )
 
 
 @cache

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from tinyft.kernels import philox
-from tinyft.kernels.hadamard import fwht_ref, hadamard_rows
+from tinyft.kernels.hadamard import hadamard_product, hadamard_rows
+from tinyft.kernels.perturbed_linear import Direction
 
-# What the bits are for: the low three bits of the stream word; the probe's number is above them.
-_DENSE, _LEFT, _RIGHT, _ROUNDING = range(4)
 NOISE_SIZE = 1 << 16
 
 
@@ -83,6 +82,10 @@ class Draw:
         """z_t of a one-row tensor, `(cols,)`."""
         return self.dense(t)[0]
 
+    def direction(self, t: int) -> Direction | None:
+        """z_t by the name that fused kernels know it by; None if they have no such kind."""
+        return None
+
     def add_product_(self, t: int, x: Tensor, y: Tensor, scale: float, transposed: bool) -> None:
         """`y += scale * x z_t'` in place (`x z_t` if transposed), without forming z_t.
 
@@ -112,14 +115,21 @@ class DenseDraw(Draw):
     family: Dense
 
     def rows(self, t: int, index: Tensor) -> Tensor:
-        family, cols = self.family, self.family.shapes[t][1]
-        per_block = philox.GAUSSIANS_PER_BLOCK if family.gaussian else philox.SIGNS_PER_BLOCK
-        counters = philox.matrix_counters(
-            index, -(-cols // per_block), t, self.step, self.probe << 3 | _DENSE
+        family = self.family
+        z = philox.matrix(
+            "gaussians" if family.gaussian else "signs",
+            index,
+            family.shapes[t][1],
+            seed=family.seed,
+            tensor=t,
+            step=self.step,
+            stream=self.probe << 3 | philox.DENSE,
         )
-        words = philox.philox(counters, family.seed)
-        numbers = philox.gaussians(words) if family.gaussian else philox.signs(words)
-        return numbers.view(len(index), -1)[:, :cols].to(family.dtype)
+        return z.to(family.dtype)
+
+    def direction(self, t: int) -> Direction:
+        kind = "gaussian" if self.family.gaussian else "rademacher"
+        return Direction(kind, self.family.seed, t, self.step, self.probe)
 
 
 class Structured(Directions):
@@ -136,7 +146,10 @@ class Structured(Directions):
         self.hadamard = hadamard
         counters, self.left, self.right, end = [], [], [], 0
         for t, (rows, cols) in enumerate(self.shapes):
-            for role, length, slices in ((_LEFT, rows, self.left), (_RIGHT, cols, self.right)):
+            for role, length, slices in (
+                (philox.LEFT, rows, self.left),
+                (philox.RIGHT, cols, self.right),
+            ):
                 blocks = -(-length // philox.SIGNS_PER_BLOCK)
                 row = torch.zeros(1, dtype=torch.int64, device=self.device)
                 counters.append(philox.matrix_counters(row, blocks, t, 0, role))
@@ -167,6 +180,12 @@ class StructuredDraw(Draw):
         """v of tensor t, `(cols,)`."""
         return self._signs[self.family.right[t]]
 
+    def direction(self, t: int) -> Direction | None:
+        if self.family.shapes[t][0] == 1:
+            return None
+        kind = "hadamard" if self.family.hadamard else "sign-rank1"
+        return Direction(kind, self.family.seed, t, self.step, self.probe)
+
     def rows(self, t: int, index: Tensor) -> Tensor:
         rows, cols = self.family.shapes[t]
         if rows == 1:
@@ -180,10 +199,7 @@ class StructuredDraw(Draw):
         u, v = (self.right(t), self.left(t)) if transposed else (self.left(t), self.right(t))
         u, v = u.to(y.dtype), v.to(x.dtype)  # the tensors of a model may differ in dtype
         if self.family.hadamard:
-            n = 1 << (max(x.shape[1], y.shape[1]) - 1).bit_length()
-            padded = x.new_zeros(x.shape[0], n)
-            torch.mul(x, v, out=padded[:, : x.shape[1]])
-            y.addcmul_(fwht_ref(padded)[:, : y.shape[1]], u, value=scale)
+            y.addcmul_(hadamard_product(x * v, y.shape[1]).to(y.dtype), u, value=scale)
         elif y.dtype == torch.float32:
             y.addr_(torch.mv(x, v), u, alpha=scale)
         else:  # addr_ is not vectorised in bfloat16: 0.58 ms against 0.10 ms (768 x 1536, AVX-512)
@@ -199,7 +215,9 @@ class StructuredDraw(Draw):
 def rounding_noise(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """65,536 uniform 16-bit integers as int32, twice over, so that any window is one slice."""
     row = torch.zeros(1, dtype=torch.int64, device=device)
-    words = philox.philox(philox.matrix_counters(row, NOISE_SIZE // 8, 0, step, _ROUNDING), seed)
+    words = philox.philox(
+        philox.matrix_counters(row, NOISE_SIZE // 8, 0, step, philox.ROUNDING), seed
+    )
     half_words = words.view(torch.int16).flatten().to(torch.int32).bitwise_and_(0xFFFF)
     return half_words.repeat(2)
 

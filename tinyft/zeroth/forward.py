@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinyft.errors import InputError
+from tinyft.kernels.dispatch import choose
+from tinyft.kernels.perturbed_linear import perturbed_linear_triton
 from tinyft.zeroth.directions import Draw
 
 # Dense families form W + s eps Z this many elements at a time.
@@ -115,12 +117,12 @@ def _linear(
     out_features = module.weight.shape[1 if conv1d else 0]
     t, t_bias = own.get("weight"), own.get("bias")
     draws = [draw for draw, _ in state.groups if draw is not None]
-    if t is None or not draws or draws[0].family.structured:
-        y = original(x)
-        ys, formed = y.view(-1, out_features), False
-    else:
-        y = x.new_empty(*x.shape[:-1], out_features)
-        ys, formed = y.view(-1, out_features), True
+    structured = t is None or not draws or draws[0].family.structured
+    y = None if t is None or conv1d else _fused_product(state.groups, module, t, x)
+    fused = y is not None
+    if not fused:
+        y = original(x) if structured else x.new_empty(*x.shape[:-1], out_features)
+    ys = y.view(-1, out_features)
     xs = x.reshape(-1, x.shape[-1])
     if xs.shape[0] % len(state.groups):
         raise InputError(
@@ -130,16 +132,31 @@ def _linear(
     per_copy = list(
         zip(xs.chunk(len(state.groups)), ys.chunk(len(state.groups)), state.groups, strict=True)
     )
-    if formed:
+    if not fused and not structured:
         _formed_product(module.weight, module.bias, conv1d, t, per_copy)
     for x_copy, y_copy, (draw, scale) in per_copy:
         if draw is None:
             continue
-        if t is not None and not formed:
+        if t is not None and structured and not fused:
             draw.add_product_(t, x_copy, y_copy, scale, transposed=conv1d)
         if t_bias is not None:
             y_copy.add_(draw.vector(t_bias), alpha=scale)
     return y
+
+
+def _fused_product(groups: Sequence[Group], module: nn.Linear, t: int, x: Tensor) -> Tensor | None:
+    """`x (W + s Z)' + b` by one Triton kernel, or None where that cannot be."""
+    draws = {id(draw): draw for draw, _ in groups}
+    draw = groups[0][0]
+    z = None if draw is None or len(draws) > 1 or len(groups) > 2 else draw.direction(t)
+    weight, bias = module.weight, module.bias
+    if z is None or x.dtype != weight.dtype or x.numel() // x.shape[-1] % len(groups):
+        return None
+    if torch.is_autocast_enabled(x.device.type):  # which casts what it knows, and not a kernel
+        return None
+    if choose("perturbed_linear", "auto", x, weight, bias, forward_only=True) == "torch":
+        return None
+    return perturbed_linear_triton(x, weight, z, [scale for _, scale in groups], bias=bias)
 
 
 def _formed_product(

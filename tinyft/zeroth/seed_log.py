@@ -88,6 +88,12 @@ class SeedLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.steps += 1
 
+    def cut(self, steps: int) -> None:
+        """Drop the records after `steps`, where there are any."""
+        if steps < self.steps:
+            os.truncate(self.path, self._offset + steps * self.record_bytes)
+            self.steps = steps
+
     def sync(self) -> None:
         """Make the log survive the death of the machine, too."""
         with self.path.open("rb") as file:

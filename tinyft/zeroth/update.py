@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tinyft.kernels.dispatch import choose
+from tinyft.kernels.perturbed_linear import subtract_direction_triton_
 from tinyft.zeroth.directions import NOISE_SIZE, Draw, matrix_shape, rounding_noise
 
 # Elements of a block: 1 MB in float32, so that its passes stay in the second-level cache. Smaller
@@ -51,8 +53,15 @@ def update_(
         # One float32 term is a single pass however large the block is: then take the whole matrix.
         single = len(terms) == 1 and family.structured and tensor.dtype == torch.float32
         step = rows if single and shrink == 1.0 else max(1, BLOCK_ELEMENTS // cols)
+        z = terms[0][0].direction(t) if len(terms) == 1 else None
+        fused = z is not None and choose("subtract_direction_", "auto", matrix) == "triton"
         for start in range(0, rows, step):
             block = matrix[start : start + step]
+            if fused:
+                offset = _offset(t, start, block.numel())
+                options = {"decay": 1.0 - shrink, "start": start, "dither": noise, "offset": offset}
+                subtract_direction_triton_(block, z, terms[0][1], **options)
+                continue
             w = block if block.dtype.itemsize >= 4 else block.float()
             if shrink != 1.0:
                 w.mul_(shrink)
@@ -75,11 +84,16 @@ def _dither_(w: Tensor, noise: Tensor, t: int, start: int, dtype: torch.dtype) -
     if n > NOISE_SIZE:
         window = noise.repeat(-(-n // noise.numel()))[:n]
     else:
-        offset = (t * 40503 + start * 9973) % NOISE_SIZE
+        offset = _offset(t, start, n)
         window = noise[offset : offset + n]
     if dtype == torch.float16:  # 13 bits fall away, not 16; below 2^-14 the store rounds to nearest
         window = window & 0x1FFF
     w.view(torch.int32).add_(window.view(w.shape))
+
+
+def _offset(t: int, start: int, n: int) -> int:
+    """Where in the step's noise a block of n weights begins."""
+    return 0 if n > NOISE_SIZE else (t * 40503 + start * 9973) % NOISE_SIZE
 
 
 def _store(w: Tensor, block: Tensor, truncate: bool) -> None:

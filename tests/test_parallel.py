@@ -1,0 +1,44 @@
+"""Work shared among processes, in one without the threads that the tests' workers have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, signal, torch
+from tinyft.errors import InputError
+from tinyft.parallel import in_parallel
+
+signal.signal(signal.SIGTERM, lambda *_: print("stopped"))
+factor = 3  # a closure, which no pickle would carry
+assert in_parallel(lambda x: x * factor, list(range(20))) == [3 * x for x in range(20)]
+assert in_parallel(lambda x: x, [7]) == [7]
+assert in_parallel(lambda x: x, []) == []
+assert os.getpid() not in in_parallel(lambda _: os.getpid(), [1, 2])
+
+torch.set_num_threads(2)  # and after this process has used them
+expected = float(torch.ones(1 << 20).sum())
+assert in_parallel(lambda _: float(torch.ones(1 << 20).sum()), [0, 1]) == [expected] * 2
+
+def fail(x):
+    if x:
+        raise InputError(f"no {x}")
+
+try:
+    in_parallel(fail, [0, 2])
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_in_parallel():
+    """Results in order of any function; errors as they were; workers end without a word."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.returncode) == ("no 2\n", 0), done.stderr
