@@ -1,0 +1,171 @@
+"""RoSTE against what else gives a 4-bit model: SmolLM2-135M on film reviews and on E2E sentences.
+
+    python bench/roste.py [--tasks film-reviews e2e] [--runs runs/roste] [--gptq-python PYTHON]
+
+Fine-tuning in 16 bits, and what becomes of it by rounding to nearest, GPTQ (llmcompressor's, by an
+interpreter that has it: its transformers is another) and rotation with rounding; and fine-tuning of
+the quantised model: without rotations, with all, adaptive (RoSTE), on a frozen 4-bit base, by MeZO.
+All but the first at W4A8KV8 and at W4A4KV4. Every row is a command in a process of its own. What
+is finished is kept, what was interrupted resumes; `results/roste.csv` and the table are made from
+all there is. At most two hours on two cores is the aim: `--share 0.1` runs a tenth of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from commands import tinyft, train
+
+from tinyft.assets import fetch
+from tinyft.checkpoint import write_atomic
+
+RESULTS = Path(__file__).parent / "results" / "roste.csv"
+MODEL = "smollm2-135m"
+BITS = {"W4A8KV8": ("8", "8"), "W4A4KV4": ("4", "4")}
+# Steps of gradient methods and of MeZO, their shapes, and held-out rows.
+TASKS: dict[str, dict[str, Any]] = {
+    "film-reviews": {"steps": 100, "zeroth": 300, "max_length": 128, "batch": 16, "held_out": 500},
+    "e2e": {"steps": 60, "zeroth": 150, "max_length": 160, "batch": 8, "held_out": 100},
+}
+TRAINED = {
+    "STE": ["--method=roste", "--rotations=none", "--lr=1e-4"],
+    "STE, all rotations": ["--method=roste", "--rotations=all", "--lr=1e-4"],
+    "RoSTE": ["--method=roste", "--rotations=adaptive", "--lr=1e-4"],
+    "RoSTE, frozen int4": ["--method=roste", "--trainable=lora", "--lr=5e-4"],
+    "RoSTE, MeZO": ["--method=roste_mezo", "--lr=5e-3", "--eps=1e-2"],
+}
+ROUNDED = {"RTN": ["--rotations=none", "--clip=1"], "rotation + RTN": ["--rotations=all"]}
+
+
+class Bench:
+    """All rows of one task."""
+
+    def __init__(self, task: str, runs: Path, share: float, gptq_python: str | None) -> None:
+        self.task, self.share, self.gptq_python = task, share, gptq_python
+        self.folder, self.plan = runs / task, TASKS[task]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.dev = self.folder / "dev.jsonl"
+        held_out = max(8, round(self.plan["held_out"] * min(1, 10 * share)))
+        lines = (fetch(task) / "dev.jsonl").read_text().splitlines(keepends=True)
+        write_atomic(self.dev, "".join(lines[:held_out]))
+        self.shape = [
+            f"--data={task}:train",
+            f"--max-length={self.plan['max_length']}",
+            f"--batch-size={self.plan['batch']}",
+            "--dtype=bfloat16",
+        ]
+
+    def run(self) -> list[dict[str, Any]]:
+        plain = self.train("16 bits", "", ["--method=full", "--lr=1e-4"])
+        lines = [self.line("16 bits", "", plain)]
+        by_gptq = self.gptq(plain)
+        for name, (activations, kv) in BITS.items():
+            bits = [f"--activations={activations}", f"--kv={kv}"]
+            for row, flags in ROUNDED.items():
+                lines.append(self.line(row, name, self.pack(row, name, plain, [*bits, *flags])))
+            if by_gptq:
+                flags = [*bits, "--weights=16", "--rotations=none", "--clip=1"]
+                lines.append(self.line("GPTQ", name, self.pack("GPTQ", name, by_gptq, flags)))
+            for row, flags in TRAINED.items():
+                lines.append(self.line(row, name, self.train(row, name, [*bits, *flags])))
+        return lines
+
+    def train(self, row: str, bits: str, flags: list[str]) -> Path:
+        """One `tinyft train`, unless its report is there already."""
+        output = self.path(row, bits)
+        steps = self.plan["zeroth" if "MeZO" in row else "steps"]
+        flags = [f"--model={MODEL}", *self.shape, *flags]
+        flags += [f"--steps={max(2, round(steps * self.share))}"]
+        if "MeZO" not in row:
+            flags += [f"--warmup={round(5 * self.share)}"]
+        train(flags, output)
+        return output
+
+    def pack(self, row: str, bits: str, model: Path, flags: list[str]) -> Path:
+        """One `tinyft export --format packed`."""
+        output = self.path(row, bits)
+        if not output.exists():
+            command = ["export", "--format=packed", f"--model={model}", *self.shape]
+            tinyft(*command, *flags, f"--output={output}")
+        return output
+
+    def gptq(self, model: Path) -> Path | None:
+        """The 16-bit result with its weights on GPTQ's grid."""
+        output = self.path("gptq", "weights")
+        if output.exists() or self.gptq_python is None:
+            return output if output.exists() else None
+        script = Path(__file__).parent / "roste_gptq.py"
+        texts = fetch(self.task) / "train.jsonl"
+        command = [self.gptq_python, script, "--model", model, "--data", texts, "--output", output]
+        subprocess.run([*map(str, command)], check=True)
+        return output
+
+    def line(self, row: str, bits: str, output: Path) -> dict[str, Any]:
+        """Score a row's model in a process of its own, once, as anybody would load it."""
+        scores = self.folder / f"{output.name}.json"
+        if not scores.exists():
+            command = ["eval", f"--model={output}", f"--data={self.dev}", "--json"]
+            command += ["--max-length=128", "--batch-size=16"]
+            command += ["--generate", "--max-new-tokens=64"] if self.task == "e2e" else []
+            write_atomic(scores, tinyft(*command, catch=True))
+        found = json.loads(scores.read_text())
+        report = output / "report.json"
+        measured = json.loads(report.read_text())["measured"] if report.exists() else {}
+        weights = next(iter([*output.glob("packed.safetensors"), *output.glob("model.s*")]))
+        return {
+            "task": self.task,
+            "bits": bits or "16",
+            "row": row,
+            "accuracy": found.get("accuracy", ""),
+            "rougeL": found.get("rougeL", ""),
+            "loss": found["loss"],
+            "weights_mib": round(weights.stat().st_size / 2**20, 1) if row != "GPTQ" else "",
+            "steps": measured.get("steps", ""),
+            "train_s": round(measured["wall_s"], 1) if measured else "",
+            "peak_mib": round(measured["peak_memory_bytes"] / 2**20) if measured else "",
+        }
+
+    def path(self, row: str, bits: str) -> Path:
+        words = f"{row} {bits}".replace(",", "").replace("+ ", "").split()
+        return self.folder / "-".join(words).lower()
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown, a row a line of the CSV."""
+    names = list(lines[0])
+    rows = [
+        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines
+    ]
+    head = [" | ".join(names), " | ".join("---" for _ in names)]
+    return "\n".join(f"| {text} |" for text in [*head, *(" | ".join(row) for row in rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/roste"))
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps (default: all)")
+    parser.add_argument("--gptq-python", help="an interpreter with llmcompressor, for GPTQ's row")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+    for task in arguments.tasks:
+        bench = Bench(task, arguments.runs, arguments.share, arguments.gptq_python)
+        lines += bench.run()
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    print(table(lines))
+    if not arguments.gptq_python:
+        print("GPTQ's row was left out: it needs --gptq-python.")
+
+
+if __name__ == "__main__":
+    main()
