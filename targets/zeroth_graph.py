@@ -1,0 +1,245 @@
+"""The graph of one zeroth-order step: forward only, perturbed inside, updated inside.
+
+MeZO's two-sided step (`tinyft.optim.mezo`) as a pure function for `graphs.trace`: the batch twice
+over, one sign a copy; directions drawn from seed and step by the traced `philox` itself, so that
+their bits are torch's; `w - c z` rounded once, so that a replay of `(lr, g)` in torch gives the
+same weights, bit for bit. In standard operators there is no writing into a slice without a copy, so
+each module adds its perturbation to the whole batch, the sign as a column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tinyft.kernels import philox
+from tinyft.targets.graphs import NEXT, Loss, Tensors, tensors_of
+from tinyft.zeroth.directions import make_directions
+from tinyft.zeroth.forward import PerturbedForward
+
+FAMILIES = ("sign-rank1", "rademacher")
+
+
+class Plan:
+    """Which signs make up the direction, fixed when a graph is made.
+
+    All signs of a step come from one call of the generator: traced, a call is some 300 nodes.
+
+    Args:
+        name: one of `FAMILIES`.
+        shapes: of the perturbed tensors; their order is part of the bits.
+
+    Attributes:
+        counters: (4, N) int64, the step left at 0. A constant of the graph.
+    """
+
+    def __init__(self, name: str, shapes: Sequence[Sequence[int]]) -> None:
+        self.family = make_directions(name, shapes, 0)
+        self.shapes, self.structured = self.family.shapes, self.family.structured
+        if self.structured:
+            self.counters = self.family.counters
+            return
+        found, self.starts = [], [0]
+        for t, (rows, cols) in enumerate(self.shapes):
+            blocks = -(-cols // philox.SIGNS_PER_BLOCK)
+            found.append(philox.matrix_counters(torch.arange(rows), blocks, t, 0, 0))
+            self.starts.append(self.starts[-1] + rows * blocks)
+        self.counters = torch.cat(found, dim=1)
+
+
+class Draw:
+    """The direction of a step as part of a graph; `t` is a tensor's index.
+
+    Args:
+        plan: what to draw.
+        tensors: holds the int64 scalars `seed` and `step`, and `counters`.
+    """
+
+    def __init__(self, plan: Plan, tensors: Tensors) -> None:
+        self.plan = plan
+        block, tensor, _, stream = tensors["counters"].unbind(0)
+        counter = torch.stack((block, tensor, tensors["step"].expand_as(block), stream))
+        words = philox.philox(counter, tensors["seed"])
+        self.signs = signs(words)
+
+    def left(self, t: int) -> Tensor:
+        """u of tensor t, `(rows,)`; structured only."""
+        return self.signs.flatten()[self.plan.family.left[t]]
+
+    def right(self, t: int) -> Tensor:
+        """v of tensor t, `(cols,)`; structured only."""
+        return self.signs.flatten()[self.plan.family.right[t]]
+
+    def rows(self, t: int, index: Tensor) -> Tensor:
+        """`z_t[index]`, `(*index.shape, cols)`."""
+        if self.plan.structured:
+            return self.left(t)[index].unsqueeze(-1) * self.right(t)
+        return self.dense(t)[index]
+
+    def dense(self, t: int) -> Tensor:
+        """All of z_t, `(rows, cols)`."""
+        rows, cols = self.plan.shapes[t]
+        if not self.plan.structured:
+            blocks = self.signs[self.plan.starts[t] : self.plan.starts[t + 1]]
+            return blocks.reshape(rows, -1)[:, :cols]
+        v = self.right(t).unsqueeze(0)
+        return v if rows == 1 else self.left(t).unsqueeze(1) * v
+
+
+def signs(words: Tensor) -> Tensor:
+    """`philox.signs` by arithmetic: it reinterprets bits, which ONNX cannot."""
+    bits = words.unsqueeze(-1).bitwise_right_shift(torch.arange(32, dtype=torch.int32))
+    return (1 - 2 * bits.bitwise_and(1)).float().view(-1, philox.SIGNS_PER_BLOCK)
+
+
+class Perturbed:
+    """The sites of a model, and the context in which its two copies see theta +- eps z.
+
+    Args:
+        model, parameters: as for `PerturbedForward`, which finds the sites.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.sites = PerturbedForward(model, parameters).sites
+
+    @contextmanager
+    def __call__(self, draw: Draw, eps: float, rows: Any) -> Iterator[None]:
+        """Args: rows: of the whole batch, both copies."""
+        self.draw, self.eps, self.all_rows = draw, eps, rows
+        try:
+            for module, own in self.sites:
+                run = _linear if _is_linear(module) else _by_sign
+                run = _embedding if isinstance(module, nn.Embedding) else run
+                module.forward = partial(run, self, module, own, module.forward)
+            yield
+        finally:
+            for module, _ in self.sites:
+                module.__dict__.pop("forward", None)
+
+    def scale(self, rows: Any, dim: int) -> Tensor:
+        """`(rows, 1, ...)` of `dim` dimensions: eps for the first half, -eps for the second."""
+        first = torch.arange(rows) < rows // 2
+        return torch.where(first, self.eps, -self.eps).float().view(-1, *[1] * (dim - 1))
+
+
+def zeroth_step(
+    model: nn.Module, trainable: Sequence[str], plan: Plan, eps: float
+) -> Callable[[Tensors], Tensors]:
+    """The step as a function `tensors -> outputs` for `trace`.
+
+    Takes the trainable tensors, a batch, `lr`, `step`, `seed` and the constant `counters`; outputs
+    `loss` (both signs' mean), `projected_gradient`, and every tensor's next value.
+    """
+    perturbed = Perturbed(model, [model.get_parameter(name) for name in trainable])
+    loss_of = Loss(model, copies=2)
+
+    @torch.no_grad()
+    def step(tensors: Tensors) -> Tensors:
+        draw = Draw(plan, tensors)
+        with perturbed(draw, eps, 2 * tensors["input_ids"].shape[0]):
+            losses = loss_of.at(tensors_of(model, tensors), tensors)
+        both = losses.double().mean(1)
+        g = ((both[0] - both[1]) / (2 * eps)).float()  # as the seed log stores it
+        outputs = {"loss": both.mean().float(), "projected_gradient": g}
+        return outputs | _updated(draw, trainable, tensors, tensors["lr"] * g)
+
+    return step
+
+
+def zeroth_update(trainable: Sequence[str], plan: Plan) -> Callable[[Tensors], Tensors]:
+    """The update alone, of tensors, `c`, `step`, `seed` and `counters`: it replays a seed log."""
+
+    def update(tensors: Tensors) -> Tensors:
+        return _updated(Draw(plan, tensors), trainable, tensors, tensors["c"])
+
+    return update
+
+
+def _updated(draw: Draw, names: Sequence[str], tensors: Tensors, c: Tensor) -> Tensors:
+    """`w - c z`: with entries +-1 every product is exact, whichever way it is associated."""
+    outputs = {}
+    for t, name in enumerate(names):
+        w = tensors[name]
+        if draw.plan.structured and w.dim() == 2 and w.shape[0] > 1:
+            # One product and sum, for which the runtime needs no memory beside w: not even a view.
+            left, right = (draw.left(t) * c).unsqueeze(1), draw.right(t).unsqueeze(0)
+            outputs[name + NEXT] = torch.addmm(w, left, right, alpha=-1)
+        else:
+            outputs[name + NEXT] = w - (draw.dense(t) * c).view(w.shape)
+    return outputs
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+
+
+def _linear(state: Perturbed, module: Any, own: dict, original: Callable, x: Tensor) -> Tensor:
+    """`nn.Linear`, weight `(out, in)`, and transformers' `Conv1D`, weight `(in, out)`."""
+    y, draw, change = original(x), state.draw, None
+    scale = state.scale(y.shape[0], y.dim())
+    conv1d = not isinstance(module, nn.Linear)
+    if (t := own.get("weight")) is not None:
+        if draw.plan.structured and draw.plan.shapes[t][0] > 1:
+            u, v = draw.left(t), draw.right(t)
+            u, v = (v, u) if conv1d else (u, v)
+            change = (x @ v).unsqueeze(-1) * scale * u
+        else:
+            change = scale * (x @ (draw.dense(t) if conv1d else draw.dense(t).t()))
+    if (t := own.get("bias")) is not None:
+        z = scale * draw.dense(t)[0]
+        change = z if change is None else change + z
+    return y + change
+
+
+def _embedding(
+    state: Perturbed, module: Any, own: dict, original: Callable, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Embeddings, and their subclasses that move the index or scale the result."""
+    with _EmbeddingMode(state, module.weight, own["weight"]):
+        return original(*args, **kwargs)
+
+
+class _EmbeddingMode(TorchFunctionMode):
+    """Adds z's rows to every `F.embedding` with the given weight."""
+
+    def __init__(self, state: Perturbed, weight: Tensor, t: int) -> None:
+        super().__init__()
+        self.state, self.weight, self.t = state, weight, t
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is not F.embedding or args[1] is not self.weight:
+            return result
+        ids, shared = args[0], isinstance(args[0].shape[0], int) and args[0].shape[0] == 1
+        if not shared:  # the copies hold the same tokens: draw their rows once
+            ids = ids[: ids.shape[0] // 2]
+        z = self.state.draw.rows(self.t, ids)
+        if not shared:
+            z = z.repeat(2, *[1] * (z.dim() - 1))
+        # Positions that all rows share become each row's own here, by broadcasting.
+        rows = self.state.all_rows if shared else args[0].shape[0]
+        return result + self.state.scale(rows, z.dim()) * z
+
+
+def _by_sign(
+    state: Perturbed, module: nn.Module, own: dict, original: Callable, x: Tensor
+) -> Tensor:
+    """Any other leaf (norms, mostly): run on each half with its small parameters replaced."""
+    before = {name: module._parameters[name] for name in own}
+    half, outputs = x.shape[0] // 2, []
+    try:
+        for part, scale in ((x[:half], state.eps), (x[half:], -state.eps)):
+            for name, t in own.items():
+                z = state.draw.dense(t).view(before[name].shape)
+                module._parameters[name] = before[name] + scale * z
+            outputs.append(original(part))
+    finally:
+        module._parameters.update(before)
+    return torch.cat(outputs)

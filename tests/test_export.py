@@ -1,0 +1,173 @@
+"""From `tinyft export` to the device and back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_tiny_model
+
+from tinyft.cli import main
+from tinyft.models import load
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
+ROWS = [
+    {"prompt": f"Film {i}: it was", "completion": f" {w}"}
+    for i, w in enumerate(["great", "terrible", "a bore", "great and a bore"] * 3)
+]
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes wants 64
+# On a device nothing of this exists.
+FORBID = (
+    "import sys; sys.modules.update(dict.fromkeys(['torch', 'tinyft', 'onnx', 'transformers']))\n"
+)
+
+
+def on_device(folder, data, steps, kill_at=None):
+    """What `train.py` prints; with `kill_at`, it is killed when it has printed so many lines."""
+    code = FORBID + "import runpy; sys.argv[0] = sys.argv[1]; del sys.argv[1]\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [str(folder / "train.py"), "--data", str(data), "--steps", str(steps)]
+    words += ["--save-every", "2"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if len(lines) == kill_at:
+                process.kill()
+    assert kill_at or process.returncode == 0
+    return "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("mezo", ["--lr", "1e-4"]),
+        ("lora", ["--rank", "2", "--base-bits", "4"]),
+        ("green_trainer", ["--rho", "0.6", "--optimizer", "sgd"]),
+    ],
+)
+def test_export_train_resume_import(method, flags, tmp_path, tiny_tokenizer):
+    base = save_tiny_model(tmp_path / "base", "llama", tiny_tokenizer, **WIDE)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["export", "--model", str(base), "--data", str(data), "--method", method]
+    words += ["--target", "raspberry-pi-5", "--output", str(out), "--batch-size", "4"]
+    assert main([*words, *flags, "--schedule", "constant"]) == 0
+    parity = json.loads((out / "parity.json").read_text())
+    assert parity["steps"] == 20 and parity["loss_error"] <= 1e-5
+    assert parity.get("packed") == (14 if method == "lora" else None)
+    trained = load_file(out / "initial.safetensors")
+    if method == "green_trainer":  # the graph trains a part
+        assert set(trained) < {name for name, _ in load(base).model.named_parameters()}
+
+    on_device(out, data, 40, kill_at=3)
+    if method == "mezo":  # a record cut short by a kill
+        with (out / "steps.f32").open("ab") as file:
+            file.write(b"\1\2\3")
+    assert not on_device(out, data, 40).startswith("step 1 ")
+    resumed = load_file(out / "trained.safetensors")
+    for name in ("steps.f32", "checkpoint.safetensors", "trained.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    on_device(out, data, 40)
+    straight = load_file(out / "trained.safetensors")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+    assert main(["import", str(out), "--output", str(tmp_path / "back")]) == 0
+    before, after = load(base).model, load(tmp_path / "back").model
+    moved = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
+    assert moved
+    if method == "mezo":
+        assert all(np.array_equal(straight[n], after.get_parameter(n).detach()) for n in straight)
+
+
+def test_an_operator_that_is_not_known_is_named(tmp_path):
+    import onnx
+
+    from tinyft.errors import InputError
+    from tinyft.targets.gate import operators
+
+    class Chunks(torch.nn.Module):
+        def forward(self, x):
+            a, b = x.chunk(2, dim=-1)
+            return torch.fft.rfft(a).real.sum() + b.sum()
+
+    torch.onnx.export(
+        Chunks(), (torch.ones(2, 4),), tmp_path / "step.onnx", dynamo=True, verbose=False
+    )
+    assert onnx.load(tmp_path / "step.onnx")
+    with pytest.raises(InputError, match=r"step.onnx needs the operator \S+ for \S+, which is not"):
+        operators(tmp_path)
+
+
+def test_a_wrong_gradient_is_named(tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    """The gate's other half: the loss of step 0 is right, a gradient is not."""
+    from tinyft.targets import graphs
+
+    right = graphs.gradient_step
+
+    def wrong(*arguments):
+        step = right(*arguments)
+
+        def scaled(tensors):
+            found = step(tensors)
+            name = next(n for n in found if n.endswith(f"up_proj.lora_B.weight{graphs.GRADIENT}"))
+            return found | {name: found[name] * 1.001}
+
+        return scaled
+
+    monkeypatch.setattr(graphs, "gradient_step", wrong)
+    base = save_tiny_model(tmp_path / "base", "llama", tiny_tokenizer)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["export", "--model", str(base), "--data", str(data), "--method", "lora"]
+    words += ["--target", "raspberry-pi-5", "--output", str(out), "--lora-targets", "up_proj"]
+    assert main(words) == 2
+    assert "up_proj.lora_B.weight is off by 0.001" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("rows", [ROWS, [{"text": "It was a great film."}, {"text": "A bore."}]])
+def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path):
+    from tokenizers import Tokenizer
+
+    from tinyft.data import Batches, encode, read_examples
+    from tinyft.targets.device import Rows
+    from tinyft.targets.gate import wide
+    from tinyft.targets.graphs import batch_inputs
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    job = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
+    job |= {"batch_size": 2, "seed": 7}
+    batches = Rows(rows, Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
+    encoded = encode(read_examples(path), tiny_tokenizer, max_length=10)
+    found, wanted = batches.items, encoded.items
+    engine = Batches(encoded, 2, seed=7, pad_id=2)
+    for step in (0, 1, len(engine), 2 * len(engine) - 1):  # two epochs
+        got, want = batches.batch(step), batch_inputs(wide(engine[step]))
+        assert all(np.array_equal(got[name], tensor) for name, tensor in want.items())
+    assert len(found) == len(wanted)
+    for (ids, begin), item in zip(found, wanted, strict=True):
+        assert ids == item.rows[0].tolist()
+        assert ids[begin:] == [t for t in item.labels[0].tolist() if t != -100]
+
+
+def test_what_no_graph_knows_is_refused(tmp_path, capsys):
+    words = ["export", "--model", "m", "--data", "d", "--method", "mezo", "--target"]
+    words += ["raspberry-pi-5", "--output", str(tmp_path / "o"), "--directions", "hadamard"]
+    assert main([*words, "--probes", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "--directions must be one of" in said and "one probe" in said
+    assert main([*words, "--training-python", "python"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "raspberry-pi-5 has no published onnxruntime-training" in said and "mezo has none" in said
+    )

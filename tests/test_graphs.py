@@ -1,0 +1,111 @@
+"""Graphs for devices against the engine itself: gradients, directions and updated weights."""
+
+from contextlib import nullcontext
+
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+from test_losses import build, lm_batch
+
+import tinyft
+from tinyft import adapters
+from tinyft.losses import check_head, objective
+from tinyft.targets import graphs
+from tinyft.targets.gate import OPERATORS, optimised
+from tinyft.targets.zeroth_graph import Plan, zeroth_step
+from tinyft.zeroth.update import update_
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
+SEED, STEP = 2**40 + 77, 5
+
+
+def make(family, trainable):
+    model = build(family)
+    model.set_attn_implementation("eager")
+    if trainable == "lora":
+        adapters.inject(model, rank=3)
+        for layer in adapters.adapters(model).values():  # at B = 0 the gradient of A is 0
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    check_head(model)
+    return model, {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def runner(graph, path):
+    """`run(tensors) -> outputs by name`, in the stock runtime."""
+    assert {node.op_type for node in graph.graph} <= OPERATORS
+    onnx_ir.save(graph, path / "graph.onnx")
+    session = onnxruntime.InferenceSession(path / "graph.onnx")
+    inputs = [i.name for i in session.get_inputs()]
+    outputs = [o.name for o in session.get_outputs()]
+
+    def run(tensors):
+        found = session.run(None, {name: tensors[name].numpy() for name in inputs})
+        return {n: torch.from_numpy(t) for n, t in zip(outputs, found, strict=True)}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "family, trainable, twice", [("gpt2", "all", False), ("qwen2", "lora", True)]
+)
+def test_gradient_step(family, trainable, twice, tmp_path):
+    model, parameters = make(family, trainable)
+    batch, names = lm_batch(3, 11), list(parameters)
+    arguments = {name: p.detach() for name, p in parameters.items()} | graphs.moments(parameters)
+    arguments |= graphs.frozen_of(model, names) | graphs.batch_inputs(batch)
+    arguments |= {"lr": torch.tensor(1e-3), "step": torch.tensor(0)}
+    step = graphs.gradient_step(model, names, graphs.Adam((0.9, 0.999), 1e-8), 0.1)
+    with graphs.blocks_twice(model) if twice else nullcontext():
+        run = runner(graphs.trace(step, graphs.constants_of(model), arguments), tmp_path)
+    if twice:  # the second run of both blocks outlives the runtime's optimiser
+        nodes = [node.op_type for node in optimised(tmp_path / "graph.onnx").node]
+        assert nodes.count("Softmax") == 2 * 2
+
+    state = {k: v.clone() for k, v in arguments.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.1)
+    for i in range(20):
+        batch = lm_batch(2 + i % 3, 9 + i % 5)  # other sizes than the graph was made with
+        optimizer.zero_grad()
+        loss = objective("lm")(model, batch).mean()
+        loss.backward()
+        found = run(state | graphs.batch_inputs(batch) | {"step": torch.tensor(i)})
+        torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-5, atol=0)
+        if i == 0:
+            largest = max(float(p.grad.abs().max()) for p in parameters.values())
+            for name, p in parameters.items():
+                scale = max(float(p.grad.abs().max()), 1e-3 * largest)
+                error = (found[name + graphs.GRADIENT] - p.grad).abs().max()
+                assert error <= 1e-5 * scale, name
+        state |= {n.removesuffix(graphs.NEXT): v for n, v in found.items() if "/next" in n}
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "family, trainable, directions",
+    [("llama", "all", "rademacher"), ("gpt2", "lora", "sign-rank1"), ("opt", "all", "sign-rank1")],
+)
+def test_zeroth_step(family, trainable, directions, tmp_path):
+    model, parameters = make(family, trainable)
+    arguments = {name: p.detach().clone() for name, p in parameters.items()}
+    arguments |= graphs.frozen_of(model, list(parameters))
+    arguments |= graphs.batch_inputs(lm_batch(3, 11)) | {"lr": torch.tensor(1e-3)}
+    arguments |= {"step": torch.tensor(STEP), "seed": torch.tensor(SEED)}
+    plan = Plan(directions, [p.shape for p in parameters.values()])
+    constants = graphs.constants_of(model) | {"counters": plan.counters}
+    graph = graphs.trace(zeroth_step(model, list(parameters), plan, 1e-3), constants, arguments)
+    assert {node.domain for node in graph.graph} == {""}
+    found = runner(graph, tmp_path)(arguments)
+
+    optimizer = tinyft.MeZO(model, lr=1e-3, directions=directions, seed=SEED)
+    optimizer.steps_taken = STEP
+    steps = []
+    optimizer._update = lambda lr, g: steps.append((lr, *g))
+    loss = optimizer.step(lambda b: objective("lm")(model, b), lm_batch(3, 11))
+    torch.testing.assert_close(found["loss"], loss, rtol=1e-6, atol=0)
+    (lr, g), got = steps[0], float(found["projected_gradient"])
+    assert abs(got - g) <= 2e-6 * float(loss) / (2 * 1e-3)  # rounding of two losses over 2 eps
+    # The same bits of every weight once the same number is used: the directions are the same.
+    update_(optimizer.parameters, [(optimizer.directions.draw(STEP, 0), lr * got)])
+    for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
+        assert torch.equal(found[name + graphs.NEXT], parameter), name
