@@ -1,0 +1,103 @@
+"""Learning curves of every method on every task: what the planner's choice rests on.
+
+    python bench/evidence.py [--tasks e2e ...] [--seeds 0] [--runs runs/evidence]
+
+Every curve is one `tinyft train` with the method's defaults and a constant learning rate, so that
+stopping it early and asking for fewer steps are the same, scored on the way. Finished runs are kept
+and one that was interrupted resumes. `tinyft/evidence.json` is made from all there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from commands import train
+
+from tinyft.assets import fetch
+from tinyft.checkpoint import write_atomic
+from tinyft.config import as_flags
+
+EVIDENCE = Path(__file__).parent.parent / "tinyft" / "evidence.json"
+TASKS = {  # model, data, and how many times the steps: the encoder's head begins at random
+    "e2e": ("smollm2-135m", "e2e", 1),
+    "reviews-encoder": ("minilm-l6", "film-reviews", 5),
+    "reviews": ("smollm2-135m", "film-reviews", 1),
+}
+HELD_OUT = 160  # rows: enough to rank methods, few enough to be scored often
+BATCH = 8
+GRADIENT = {"steps": 80, "eval_every": 20}
+ZEROTH = {"steps": 320, "eval_every": 80}
+F32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+RUNS: dict[str, dict[str, Any]] = {
+    "lora-bf16": {"method": "lora", **BF16, **GRADIENT},
+    "full-bf16": {"method": "full", **BF16, **GRADIENT},
+    "green-0.5-bf16": {"method": "green_trainer", "rho": 0.5, **BF16, **GRADIENT},
+    "lora-4": {"method": "lora", "base_bits": 4, **BF16, **GRADIENT},
+    "mezo-bf16": {"method": "mezo", "trainable": "all", **BF16, **ZEROTH},
+    "mezo-lora-4": {"method": "mezo", "trainable": "lora", "base_bits": 4, **BF16, **ZEROTH},
+    "lora-8": {"method": "lora", "base_bits": 8, **BF16, **GRADIENT},
+    "lora-f32": {"method": "lora", **F32, **GRADIENT},
+    "full-f32": {"method": "full", **F32, **GRADIENT},
+    "green-0.7-bf16": {"method": "green_trainer", "rho": 0.7, **BF16, **GRADIENT},
+    "green-0.5-f32": {"method": "green_trainer", "rho": 0.5, **F32, **GRADIENT},
+    "mezo-f32": {"method": "mezo", "trainable": "all", **F32, **ZEROTH},
+}
+
+
+def inputs_of(task: str, folder: Path) -> dict[str, str]:
+    """The model, training rows, and the first held-out ones."""
+    model, data, _ = TASKS[task]
+    held_out = folder / f"{data}-dev.jsonl"
+    lines = (fetch(data) / "dev.jsonl").read_text().splitlines(keepends=True)
+    write_atomic(held_out, "".join(lines[:HELD_OUT]))
+    return {"model": model, "data": f"{data}:train", "eval_data": str(held_out)}
+
+
+def curve(task: str, seed: int, output: Path) -> dict[str, Any]:
+    """Held-out loss by examples seen, from a finished run."""
+    report = json.loads((output / "report.json").read_text())
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    loss = {0: report["eval"]["before"]["loss"]}
+    loss |= {line["step"]: line["eval"]["loss"] for line in lines if "eval" in line}
+    loss[report["measured"]["steps"]] = report["eval"]["after"]["loss"]
+    config = report["config"]
+    kept = ("method", "trainable", "base_bits", "dtype", "rho")
+    return {
+        "task": task,
+        "model": TASKS[task][0],
+        "seed": seed,
+        "config": {name: config[name] for name in kept if name in config},
+        "examples": [step * BATCH for step in loss],
+        "loss": [round(value, 4) for value in loss.values()],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--only", nargs="*", default=list(RUNS), help="of the runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    common = {"batch_size": BATCH, "schedule": "constant", "max_length": 128}
+    for seed in arguments.seeds:
+        for name in arguments.only:
+            for task in arguments.tasks:
+                config = common | inputs_of(task, arguments.runs) | RUNS[name] | {"seed": seed}
+                for field in ("steps", "eval_every"):
+                    config[field] *= TASKS[task][2]
+                train(as_flags(config), arguments.runs / f"{task}_{name}_{seed}")
+    curves = []
+    for report in sorted(arguments.runs.glob("*/report.json")):
+        task, _, seed = report.parent.name.split("_")
+        curves.append(curve(task, int(seed), report.parent))
+    write_atomic(EVIDENCE, json.dumps({"curves": curves}, indent=1) + "\n")
+    print(f"{EVIDENCE}: {len(curves)} curves")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Predicted against measured peak memory and FLOPs, over architectures, methods, shapes and dtypes.
+
+    python bench/plan_accuracy.py [--only TEXT ...] [--jobs 2] [--output bench/results]
+
+Every cell is a real `tinyft train` in a process of its own: loading, an evaluation, three steps, an
+evaluation, whose peak the operating system reports (VmHWM, the whole process). The prediction is
+`tinyft plan`'s for the same flags, made without the weights and anew each time. Measured cells are
+kept in the CSV and not repeated. Models are random, of real widths, with the tokenizer of SmolLM2,
+which is itself among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tinyft.config import as_flags
+
+MODELS = ("smollm2-135m", "gpt2", "opt", "qwen2", "bert")
+METHODS = {
+    "lora": {"method": "lora", "base_bits": 16},
+    "lora, 8 bits": {"method": "lora", "base_bits": 8},
+    "lora, 4 bits": {"method": "lora", "base_bits": 4},
+    "full": {"method": "full"},
+    "full, adamw8bit, recomputing": {
+        "method": "full",
+        "optimizer": "adamw8bit",
+        "checkpointing": "full",
+    },
+    # A whole period: a selection, and steps with it.
+    "green_trainer": {"method": "green_trainer", "rho": 1.0, "reselect": 6, "steps": 6},
+    "mezo": {"method": "mezo", "trainable": "all"},
+    "mezo of lora, 4 bits": {"method": "mezo", "trainable": "lora", "base_bits": 4},
+}
+SHAPES = ((8, 1, 64), (4, 2, 128), (1, 1, 384))  # batch, accumulation, tokens
+DTYPES = ("float32", "bfloat16")
+FIELDS = (
+    *("model", "method", "shape", "dtype", "predicted_bytes", "measured_bytes", "error"),
+    *("predicted_flops", "measured_flops", "flops_error"),
+)
+
+
+def make_model(name: str, folder: Path) -> str:
+    """A reference to the model: a folder that is made, or a built-in name."""
+    if name == "smollm2-135m":
+        return name
+    import transformers as hf
+
+    from tinyft.assets import fetch
+
+    tokenizer = hf.AutoTokenizer.from_pretrained(fetch("smollm2-135m"))
+    common = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = {
+        "gpt2": lambda: hf.GPT2Config(**common, n_embd=512, n_layer=8, n_head=8),
+        "opt": lambda: hf.OPTConfig(
+            **common, hidden_size=512, num_hidden_layers=8, ffn_dim=2048, num_attention_heads=8
+        ),
+        "qwen2": lambda: hf.Qwen2Config(
+            **common, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+            num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+        "bert": lambda: hf.BertConfig(
+            **common, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+            num_attention_heads=8,
+        ),
+    }[name]()  # fmt: skip
+    where = folder / name
+    if not (where / "config.json").exists():
+        auto = hf.BertForMaskedLM if name == "bert" else hf.AutoModelForCausalLM
+        model = auto(config) if name == "bert" else auto.from_config(config)
+        model.save_pretrained(where)
+        tokenizer.save_pretrained(where)
+    return str(where)
+
+
+def make_data(tokens: int, encoder: bool, folder: Path) -> tuple[str, str]:
+    """Training and held-out rows of about so many tokens, half of them to be learned."""
+    files = []
+    for name, count in (("train", 16), ("dev", 8)):
+        path = folder / f"{name}-{tokens}-{encoder}.jsonl"
+        half = " word" * (tokens // 2 - 1)
+        row: dict[str, Any] = {"prompt": "A" + half, "completion": half}
+        if encoder:
+            row = {"prompt": "A" + 2 * half, "choices": ["no", "yes"]}
+        rows = [row | ({"answer": i % 2} if encoder else {}) for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(str(path))
+    return files[0], files[1]
+
+
+def cells(folder: Path) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """What identifies each cell, and its flat configuration."""
+    found = []
+    for model in MODELS:
+        reference = make_model(model, folder)
+        for name, values in METHODS.items():
+            for batch, parts, tokens in SHAPES:
+                data, held_out = make_data(tokens, model == "bert", folder)
+                for dtype in DTYPES:
+                    key = {
+                        "model": model,
+                        "method": name,
+                        "shape": f"{batch}x{parts}x{tokens}",
+                        "dtype": dtype,
+                    }
+                    config = {
+                        **{"model": reference, "data": data, "eval_data": held_out},
+                        **{"dtype": dtype, "steps": 3, "max_length": 512},
+                        **values,
+                        "batch_size": batch,
+                    }
+                    if values["method"] == "mezo":
+                        config["batch_size"] = batch * parts
+                    else:
+                        config["grad_accumulation"] = parts
+                        config.setdefault("checkpointing", "selective")
+                        config.setdefault("optimizer", "adamw")
+                    found.append((key, config))
+    return found
+
+
+def predict(config: dict[str, Any]) -> tuple[int, float]:
+    from tinyft.budget import Budget
+    from tinyft.planning import make_plan
+
+    found = make_plan(config, Budget(memory_bytes=1 << 50))
+    verdict = found.plan.verdicts[0]
+    assert len(found.plan.verdicts) == 1, "every choice is given"
+    return verdict.cost.peak_memory_bytes, verdict.cost.flops_per_step
+
+
+def measure(config: dict[str, Any]) -> tuple[int, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tinyft.cli", "train", *as_flags(config)]
+        command += ["--output", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        found = json.loads((Path(folder) / "report.json").read_text())["measured"]
+    peak = max(found["peak_memory_bytes"], found["eval_peak_memory_bytes"])
+    return peak, found["flops"] / found["steps"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", default=[], help="cells whose key holds these texts")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--models", type=Path, default=Path("runs/plan-accuracy"))
+    arguments = parser.parse_args()
+    arguments.models.mkdir(parents=True, exist_ok=True)
+    table = arguments.output / "plan_accuracy.csv"
+    done = list(csv.DictReader(table.open())) if table.exists() else []
+    known = {tuple(row[k] for k in FIELDS[:4]) for row in done}
+    wanted = {
+        tuple(key.values()): config
+        for key, config in cells(arguments.models)
+        if all(text in ", ".join(key.values()) for text in arguments.only)
+    }
+    todo = {key: config for key, config in wanted.items() if key not in known}
+    with ThreadPoolExecutor(arguments.jobs) as pool, table.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if not done:
+            writer.writeheader()
+        for key, (peak, flops) in zip(todo, pool.map(measure, todo.values()), strict=True):
+            row = dict(zip(FIELDS, key, strict=False))
+            writer.writerow(row | {"measured_bytes": peak, "measured_flops": f"{flops:.6g}"})
+            file.flush()
+            print(*key, f"{peak / 2**20:,.0f} MiB", flush=True)
+    rows = list(csv.DictReader(table.open()))
+    for row in rows:
+        key = tuple(row[k] for k in FIELDS[:4])
+        if key in wanted:
+            bytes_, flops = predict(wanted[key])
+            row["predicted_bytes"], row["predicted_flops"] = bytes_, f"{flops:.6g}"
+            row["error"] = f"{bytes_ / int(row['measured_bytes']) - 1:+.4f}"
+            row["flops_error"] = f"{flops / float(row['measured_flops']) - 1:+.4f}"
+            print(*key, row["error"], row["flops_error"], flush=True)
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    rows = [row for row in rows if row["error"]]
+    errors = [float(row["error"]) for row in rows]
+    worst_flops = max(abs(float(row["flops_error"])) for row in rows)
+    print(
+        f"{len(rows)} cells: median |error| {statistics.median(map(abs, errors)):.1%}, "
+        f"worst {max(errors, key=abs):+.1%}, lowest {min(errors):+.1%}; FLOPs {worst_flops:.2%}"
+    )
+    plot(rows, arguments.output / "plan_accuracy.png")
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Predicted over measured, a colour a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    for i, method in enumerate(METHODS):
+        of = [row for row in rows if row["method"] == method]
+        axes.scatter(
+            [int(row["measured_bytes"]) / 2**20 for row in of],
+            [100 * float(row["error"]) for row in of],
+            s=14, color=plt.cm.tab10(i), label=method,
+        )  # fmt: skip
+    axes.axhspan(-2, 8, color="#eef2ff", zorder=0, label="promised: -2% to +8%")
+    axes.axhline(0, color="#22252b", linewidth=0.8)
+    axes.set_xlabel("measured peak of the whole process, MiB")
+    axes.set_ylabel("prediction's error, %")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

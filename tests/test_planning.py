@@ -1,0 +1,168 @@
+"""`tinyft plan` and planned runs, on models small enough to run what was planned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+
+import tinyft
+from tinyft.budget import Budget
+from tinyft.cli import main
+from tinyft.config import as_flags
+from tinyft.errors import BudgetError, InputError
+from tinyft.planning import make_plan
+
+ROOMY = Budget(memory_bytes=1 << 40)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_tokenizer):
+    """A model of 8 million parameters and rows of about 50 tokens."""
+    folder = tmp_path_factory.mktemp("job")
+    model = save_tiny_model(
+        folder / "model",
+        "llama",
+        tiny_tokenizer,
+        **{"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "head_dim": 64},
+    )
+    rows = [
+        {"prompt": "The film was great. " * 3, "completion": f" It was a great film, {i % 7}."}
+        for i in range(24)
+    ]
+    for name, part in (("train", rows[:16]), ("dev", rows[16:])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return {
+        "model": str(model),
+        "data": str(folder / "train.jsonl"),
+        "eval_data": str(folder / "dev.jsonl"),
+    }
+
+
+CELLS = [
+    {"method": "lora", "dtype": "float32"},
+    {"method": "full", "dtype": "bfloat16", "optimizer": "adamw", "checkpointing": "selective"},
+    {"method": "mezo", "trainable": "all", "dtype": "float32"},
+]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell["method"])
+def test_predictions_are_what_the_system_measures(job, tmp_path, cell):
+    """A part of bench/plan_accuracy.py: peak memory of a process of its own, and its FLOPs."""
+    values = {**job, **cell, "steps": 3, "batch_size": 8}
+    verdict = make_plan(values, ROOMY).plan.verdicts[0]
+    command = [sys.executable, "-m", "tinyft.cli", "train", *as_flags(values)]
+    subprocess.run([*command, "--output", str(tmp_path / "out")], check=True, capture_output=True)
+    measured = json.loads((tmp_path / "out" / "report.json").read_text())["measured"]
+    peak = max(measured["peak_memory_bytes"], measured["eval_peak_memory_bytes"])
+    assert 0.98 * peak <= verdict.cost.peak_memory_bytes <= 1.08 * peak
+    flops = measured["flops"] / measured["steps"]
+    assert verdict.cost.flops_per_step == pytest.approx(flops, rel=0.01)
+
+
+def test_plan_is_json(job, capfd):
+    assert main(["plan", *as_flags(job), "--memory", "100GiB", "--flops", "1e12", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["method"] in {c["method"] for c in found["candidates"] if c["fits"]}
+    assert {"lora", "full", "mezo", "green_trainer"} <= {c["method"] for c in found["candidates"]}
+    assert found["config"]["steps"] == found["predicted"]["steps"] > 0
+    for candidate in found["candidates"]:
+        predicted = candidate["predicted"]
+        parts = sum(predicted["breakdown"].values())
+        assert 0 < parts <= predicted["peak_memory_bytes"]
+        total = predicted["steps"] * predicted["flops_per_step"]
+        assert predicted["total_flops"] == pytest.approx(total)
+        assert not candidate["fits"] or predicted["total_flops"] <= 1e12
+        assert candidate["reason"]
+    tinyft.TrainConfig.build(found["config"])  # as it stands
+
+
+def test_nothing_fits(job, capfd, tmp_path):
+    """Exit code 3, what it lacks, and which given value stands in the way."""
+    needs = {}
+    for bits in (16, 4):
+        values = {**job, "method": "lora", "base_bits": bits, "dtype": "float32"}
+        needs[bits] = make_plan(values, ROOMY).plan.verdicts[0].cost.peak_memory_bytes
+    flags = [*as_flags(job), "--method=lora", "--base-bits=16", "--dtype=float32"]
+    picture = tmp_path / "plan.png"
+    limit = 200 << 20  # less than the libraries take
+    assert main(["plan", *flags, "--memory", str(limit), "--plot", str(picture)]) == 3
+    said = capfd.readouterr()
+    assert "lora, fp32" in said.out
+    assert "Nothing fits the budget. lora, fp32 needs" in said.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["train", *flags, "--memory", str(limit), "--output", str(tmp_path / "out")]) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_stands_in_the_way_is_named(job):
+    """A budget between the most frugal way and the one that was asked for."""
+    free = make_plan({**job, "method": "mezo", "dtype": "bfloat16"}, ROOMY).plan.verdicts
+    least = min(v.cost.peak_memory_bytes for v in free)
+    values = {**job, "method": "full", "dtype": "float32", "checkpointing": "none"}
+    needs = make_plan(values, ROOMY).plan.verdicts[0].cost.peak_memory_bytes
+    assert least < needs
+    with pytest.raises(BudgetError, match=r"[Ww]ithout method full, .* fits"):
+        _ = make_plan(values, Budget(memory_bytes=(least + needs) // 2 - (8 << 20))).config
+
+
+def test_bad_budgets(job, capsys):
+    flags = [*as_flags(job), "--memory", "0", "--time", "12 parsecs", "--flops", "nan"]
+    assert main(["plan", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "--memory 0" in said
+    assert "parsecs" in said
+    assert "--flops nan" in said
+
+
+def test_a_target_is_another_machine(job):
+    here = make_plan({**job, "method": "lora"}, ROOMY)
+    there = make_plan({**job, "method": "lora"}, ROOMY, target="raspberry-pi-5")
+    assert there.machine.name != here.machine.name
+    one, other = (p.plan.verdicts[0].totals for p in (here, there))
+    assert other["energy_j"] == pytest.approx(other["time_s"] * there.machine.power_w)
+    assert "energy_j" not in one
+    with pytest.raises(InputError, match="energy needs to know what the machine draws"):
+        make_plan(job, Budget(energy_j=1e6))
+
+
+def test_a_method_that_is_not_for_a_model_is_left_out(job):
+    found = make_plan({**job, "trainable": "all"}, ROOMY)
+    assert {"full", "mezo"} <= {v.candidate.method for v in found.plan.verdicts}
+    assert "lora trains lora: trainable all does not go with it" in found.left_out["lora"]
+
+
+def test_weights_are_not_needed(job, tmp_path):
+    for path in Path(job["model"]).iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = {"method": "lora", "dtype": "float32", **job}
+    whole = make_plan(values, ROOMY).plan.verdicts[0].cost
+    bare = make_plan({**values, "model": str(tmp_path)}, ROOMY).plan.verdicts[0].cost
+    assert bare.flops_per_step == whole.flops_per_step
+    assert bare.breakdown["weights"] == whole.breakdown["weights"]
+
+
+def test_a_planned_run_keeps_to_its_plan(job, tmp_path, capfd):
+    out = tmp_path / "out"
+    flags = [*as_flags(job), "--memory", "20GiB", "--flops", "2e11", "--output", str(out)]
+    assert main(["train", *flags, "--json"]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    plan = next(line for line in lines if line["event"] == "plan")
+    report = json.loads((out / "report.json").read_text())
+    assert report["measured"]["steps"] == plan["config"]["steps"]
+    assert report["measured"]["flops"] <= 2e11
+    assert report["method"] == plan["method"]
+    assert main(["train", "--output", str(out), "--resume"]) == 0  # without planning again
+
+
+def test_as_a_function(job):
+    rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
+    found = tinyft.plan(job["model"], rows, tinyft.Budget.parse(memory="1TiB"), method="lora")
+    assert found.config["method"] == "lora"
+    assert found.plan.chosen.fits

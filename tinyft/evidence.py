@@ -1,0 +1,100 @@
+"""What is known of how much each method learns: curves that the benchmarks measured.
+
+`evidence.json` holds, for each task, the held-out loss of every method after so many training
+examples. What they are worth is a share of the way: 0 where the untrained model stands, 1 at the
+lowest loss that any method reached on that task.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+_FILE = Path(__file__).with_name("evidence.json")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run.
+
+    Attributes:
+        task, model, seed: what was learned, by what, and the run's seed.
+        config: the fields that set the run apart: the method, what it trained, the precision.
+        examples: seen in training when `loss` was measured, from 0 on, `(N,)`.
+        loss: held out, `(N,)`.
+    """
+
+    task: str
+    model: str
+    seed: int
+    config: Mapping[str, Any]
+    examples: tuple[int, ...]
+    loss: tuple[float, ...]
+
+    def loss_after(self, n: int) -> float:
+        """After `n` examples; between points linear in the logarithm of `n`, after the last one
+        nothing more is learned."""
+        here = [math.log1p(x) for x in self.examples]
+        x = min(math.log1p(max(n, 0)), here[-1])
+        i = max(1, next(i for i, at in enumerate(here) if at >= x))
+        part = (x - here[i - 1]) / (here[i] - here[i - 1])
+        return self.loss[i - 1] + part * (self.loss[i] - self.loss[i - 1])
+
+
+def parse(text: str) -> tuple[Curve, ...]:
+    """The curves of `evidence.json`'s text."""
+    rows: list[dict[str, Any]] = json.loads(text)["curves"]
+    tuples = {"examples", "loss"}
+    return tuple(
+        Curve(**{k: tuple(v) if k in tuples else v for k, v in row.items()}) for row in rows
+    )
+
+
+@cache
+def curves() -> tuple[Curve, ...]:
+    """The repository's own."""
+    return parse(_FILE.read_text())
+
+
+def worth(
+    config: Mapping[str, Any], examples: int, known: Sequence[Curve] | None = None
+) -> float | None:
+    """Mean over the tasks of what so many examples are worth to a method.
+
+    Of the method's runs those count that have most in common with `config`, in the order in which
+    the fields stand in a curve: what is trained first, then the precision.
+
+    Args:
+        config: flat; holds `method`.
+        examples: seen in training, repetitions counted.
+        known: curves; the repository's if None.
+
+    Returns:
+        None if no run of the method was measured.
+    """
+    known = curves() if known is None else known
+    by_task: dict[str, list[float]] = {}
+    for task in dict.fromkeys(curve.task for curve in known):
+        of_task = [curve for curve in known if curve.task == task]
+        best = min(min(curve.loss) for curve in of_task)
+        for curve in _nearest(config, of_task):
+            start = curve.loss[0]
+            by_task.setdefault(task, []).append(
+                (start - curve.loss_after(examples)) / (start - best)
+            )
+    return mean(map(mean, by_task.values())) if by_task else None
+
+
+def _nearest(config: Mapping[str, Any], known: Sequence[Curve]) -> list[Curve]:
+    """The curves of the method that agree with `config` in most fields, early fields first."""
+    left = [curve for curve in known if curve.config["method"] == config["method"]]
+    for name in dict.fromkeys(name for curve in left for name in curve.config):
+        same = [c for c in left if name in c.config and c.config[name] == config.get(name)]
+        left = same or left
+    return left
