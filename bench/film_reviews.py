@@ -13,9 +13,9 @@ import argparse
 import csv
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from commands import train
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = ["--data", "film-reviews:train", "--eval-data", "film-reviews:dev", "--max-length", "128"]
@@ -51,15 +51,10 @@ PLANS: dict[str, dict] = {
 
 
 def run(model: str, row: str, seed: int, output: Path) -> None:
-    """One `tinyft train`, unless its report is there already."""
-    if (output / "report.json").exists():
-        return
+    """One row's training."""
     plan = PLANS[model]
-    command = [sys.executable, "-m", "tinyft.cli", "train", "--model", model, *COMMON]
-    command += [*plan["flags"], *plan["rows"][row], "--seed", str(seed), "--output", str(output)]
-    command += ["--resume"] if (output / "run.json").exists() else []
-    print("$ tinyft", " ".join(command[3:]), flush=True)
-    subprocess.run(command, check=True)
+    flags = ["--model", model, *COMMON, *plan["flags"], *plan["rows"][row], "--seed", str(seed)]
+    train(flags, output)
 
 
 def record(model: str, row: str, seed: int, report: dict) -> dict:

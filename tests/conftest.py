@@ -9,8 +9,14 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+# Triton's kernels run on a GPU where there is one and else in Triton's interpreter, which must be
+# asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CORPUS = (
     "The film was great and the actors were great. It was a terrible film, a bore from the start.",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
 import threading
 import zipfile
 
@@ -132,6 +134,76 @@ def test_review_rows():
             "answer": 0,
         },
     ]
+
+
+def archive_of(tmp_path, task, examples):
+    path = tmp_path / "bigbench-1.0.0.tar.gz"
+    content = json.dumps({"examples": examples}).encode()
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("other/task.json", f"{task}/task.json"):
+            member = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def rows_of(folder, split):
+    return [json.loads(row) for row in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_e2e_never_splits_a_description(tmp_path):
+    examples = [{"input": f"name: {i // 3}", "target": f"It is {i}."} for i in range(30)]
+    assets._build_e2e(archive_of(tmp_path, "gem/e2e_nlg", examples), tmp_path)
+    dev, train = rows_of(tmp_path, "dev"), rows_of(tmp_path, "train")
+    assert (len(dev), len(train)) == (6, 24)
+    assert not {row["prompt"] for row in dev} & {row["prompt"] for row in train}
+    pairs = {(row["prompt"], row["completion"]) for row in dev + train}
+    assert ("name: 3\nDescribe the restaurant:", " It is 10.") in pairs
+
+
+def test_arithmetic_keeps_questions_with_one_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "DEV_ROWS", 1)
+    examples = [
+        {"input": "1 + 1 ?", "target_scores": {"2": 1, "3": 0}},
+        {"input": "0 * 1 ?", "target_scores": {"0": 1, "0.0": 1}},
+        {"input": "2 + 1 ?", "target_scores": {"2": 0, "3": 1}},
+    ]
+    task = "elementary_math_qa/question_only"
+    assets._build_arithmetic(archive_of(tmp_path, task, examples), tmp_path)
+    rows = rows_of(tmp_path, "dev") + rows_of(tmp_path, "train")
+    assert sorted((row["prompt"], row["answer"]) for row in rows) == [
+        ("1 + 1 ? Answer:", 0),
+        ("2 + 1 ? Answer:", 1),
+    ]
+    assert rows[0]["choices"] == [" 2", " 3"]
+
+
+def test_winogrande_keeps_twins_together(tmp_path):
+    examples = [
+        {
+            "input": f"Context Word: {word}{i}. \nQuestion: The cup in jug {i}; the _ was {size}. ",
+            "target": [f"{answer}."],
+        }
+        for i in range(30)
+        for word, size, answer in (("a", "small", "cup"), ("A", "large", "jug"))
+    ]
+    task = "natural_instructions/subtask033_winogrande_answer_generation"
+    assets._build_winogrande(archive_of(tmp_path, task, examples), tmp_path)
+    dev, train = rows_of(tmp_path, "dev"), rows_of(tmp_path, "train")
+    assert (len(dev), len(train)) == (6, 54)
+    said = [{row["prompt"].partition("the _")[0] for row in rows} for rows in (dev, train)]
+    assert not said[0] & said[1]
+    for row in dev + train:
+        assert row["prompt"].endswith(("was small.\nAnswer:", "was large.\nAnswer:"))
+        assert row["completion"] == (" cup" if "was small." in row["prompt"] else " jug")
+
+
+def test_prose_is_split_by_article(tmp_path):
+    examples = [{"input": f"Article {i // 2}.", "target": "A."} for i in range(400)]
+    assets._build_prose(archive_of(tmp_path, "gem/xsum", examples), tmp_path)
+    dev, train = rows_of(tmp_path, "dev"), rows_of(tmp_path, "train")
+    assert {row["text"] for row in dev + train} == {f"Article {i}." for i in range(200)}
+    assert (len(dev), len(train)) == (100, 100)
 
 
 # The real ones: from the cache, or downloaded if a registry answers.

@@ -114,7 +114,11 @@ BAD = {
     "unknown method": (None, "--method mezzo", ["--method mezzo is unknown", "mezo"]),
     "unknown flag": (None, "--batchsize 3", ["--batchsize is not known", "--batch-size"]),
     "no number": (None, "--lr fast", ["--lr fast: must be a valid number"]),
-    "another method's option": (None, "--eps 1e-3", ["--eps belongs to mezo, not to lora"]),
+    "another method's option": (
+        None,
+        "--eps 1e-3",
+        ["--eps belongs to mezo and roste_mezo, not to lora"],
+    ),
     "no GPU": (None, "--device cuda:99", ["--device cuda:99"]),
     "eval data": (None, "--eval-data nix.csv", ["nix.csv does not exist"]),
     "output is a file": (None, "--output train.jsonl", ["--output train.jsonl is a file"]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
+from tinyft.budget import Budget
 from tinyft.config import GROUPS, TrainConfig, as_flag, flags, read_yaml
 from tinyft.errors import InputError
 from tinyft.optim import METHODS
@@ -91,7 +92,7 @@ def test_what_is_missing():
     ("values", "expected"),
     [
         ({"method": "mezzo"}, "--method mezzo is unknown: choose from .*did you mean mezo"),
-        ({"method": "lora", "eps": 1e-3}, "--eps belongs to mezo, not to lora"),
+        ({"method": "lora", "eps": 1e-3}, "--eps belongs to mezo and roste_mezo, not to lora"),
         ({"method": "lora", "steps": 1, "epochs": 1}, "--steps and --epochs exclude each other"),
         ({"method": "lora", "trainable": "all"}, "lora trains lora"),
         ({"method": "lora", "objective": "f1"}, "--objective f1 has no gradient"),
@@ -175,3 +176,23 @@ def test_a_new_method_is_a_new_choice_with_its_own_flags(monkeypatch):
     assert "--sharpness belongs to sharp, not to mezo" in problems(method="mezo", sharpness=1)
     assert "did you mean --sharpness?" in problems(method="sharp", sharpnes=1)
     assert "--sharpness very: must be a valid number" in problems(method="sharp", sharpness="very")
+
+
+def test_the_budget():
+    config = build(method="lora", memory="1.5GiB", flops=2e15, time="1h30min", energy="5Wh")
+    assert config.budget == Budget(3 << 29, 2e15, 5400.0, 18_000.0)
+    assert build(method="lora").budget == Budget()
+    assert build(method="lora", memory=1 << 30, flops="none").budget == Budget(1 << 30)
+    assert TrainConfig.build(config.flat()) == config and config.flat()["time"] == "1h30min"
+
+
+def test_bad_limits_are_named_with_all_else_that_is_wrong():
+    found = problems(method="mezo", memory="12 parsecs", time=90, energy="", flops="-1", steps=0)
+    for part in (
+        "--memory 12 parsecs: parsecs is no unit of memory",
+        "--flops -1: must be above 0",
+        "--time 90: needs a unit",
+        "--energy (empty): give a number and a unit",
+        "--steps 0: must be greater",
+    ):
+        assert found.count(part) == 1, found

@@ -126,6 +126,21 @@ def test_accumulation_equals_the_whole_batch(grad_clip):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_accumulation_over_parts_narrower_than_the_batch():
+    """Rows of one length each: a part loses the padding that all its rows share."""
+    weights, whole = [], batch_of(0)
+    for row, length in enumerate((12, 11, 9, 8)):
+        whole.labels[row, length:] = -100
+        whole.attention_mask[row, length:] = 0
+    for parts in (1, 2):
+        model = tiny_model("llama").double()
+        optimizer = tinyft.Full(model, lr=1e-3, optimizer="sgd", grad_accumulation=parts)
+        our_loop(optimizer, model, [whole])
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("rule", ["adamw", "sgd", "adamw8bit"])
 def test_state_resumes_to_the_same_bits(rule):
     def fresh():

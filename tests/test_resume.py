@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import signal
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -25,11 +28,19 @@ METHODS = {
     "lora": {"lr": 1e-2, "dropout": 0.1},
     "full": {"lr": 1e-3},
     "mezo": {"lr": 1e-4, "momentum": 0.5},
+    "green_trainer": {"lr": 1e-3, "rho": 1.0, "reselect": 3},
+    "sparse_lora": {"lr": 1e-2, "flops_share": 0.9, "start_step": 2, "rank": 2},
+    "roste": {"lr": 1e-3},
+    "roste_mezo": {"lr": 1e-4},
 }
 ARTEFACTS = {
     "lora": ["adapter_model.safetensors", "adapter_config.json"],
     "full": ["model.safetensors", "config.json"],
     "mezo": ["steps.seedlog"],
+    "green_trainer": ["model.safetensors", "selection.png"],
+    "sparse_lora": ["adapter_model.safetensors", "sparsity.yaml"],
+    "roste": ["packed.safetensors", "packed.json", "rotations.png"],
+    "roste_mezo": ["packed.safetensors", "steps.seedlog"],
 }
 
 
@@ -37,6 +48,10 @@ ARTEFACTS = {
 def server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_run"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Before Python 3.13 the server does not get our path: it would import nothing beforehand.
+        patch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), *sys.path]))
+        forkserver.ensure_running()
     return context
 
 
@@ -94,7 +109,7 @@ def check_same(one: Path, other: Path, method: str) -> None:
     mine, its = (json.loads((folder / "report.json").read_text()) for folder in (one, other))
     assert mine["eval"] == its["eval"]
     known = [(a, b) for a, b in zip(*(r["train"]["loss"] for r in (mine, its)), strict=True)]
-    if method == "mezo":  # a kill between its log and our metrics loses a loss, never a step
+    if "mezo" in method:  # a kill between its log and our metrics loses a loss, never a step
         known = [(a, b) for a, b in known if None not in (a, b)]
         assert len(known) >= 4
     assert all(a == b for a, b in known)
@@ -126,7 +141,7 @@ def test_killed_again_and_again(runs, tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["full", "mezo"])  # a checkpoint, and a log
 def test_ten_runs_killed_at_ten_moments(runs, tmp_path, method):
     """Ten runs: half die at a file operation, half at a random time, and each resumes alone."""
     assert runs("whole", method) == 0

@@ -99,6 +99,12 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
 
+def adapter_arguments(config: Any) -> dict[str, Any]:
+    """What a run's configuration holds for `inject`, as its keyword arguments."""
+    same = {name: getattr(config, name) for name in ("rank", "alpha", "dropout", "seed")}
+    return {**same, "targets": config.lora_targets}
+
+
 def inject(
     model: nn.Module,
     rank: int = 8,
@@ -394,17 +400,26 @@ def _is_packed(base: nn.Module) -> bool:
     return type(base).__module__.startswith("bitsandbytes")
 
 
-def _unpacked(base: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """bitsandbytes' layer as a plain `nn.Linear`."""
+def dense_weight(base: nn.Module) -> Tensor:
+    """The weight (out, in) that a base layer multiplies by: its own, or made from packed bits."""
     weight = base.weight
+    if not _is_packed(base):
+        return weight.t() if isinstance(base, _conv1d()) else weight
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        dense = dequantize_4bit(weight.data, weight.quant_state)
-    else:  # int8, one absolute maximum a row; after a forward pass it lies in `state`
-        absmax = weight.SCB if weight.SCB is not None else base.state.SCB
-        dense = weight.data.float() * (absmax.float() / 127).unsqueeze(1)
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.data.float() * (absmax(base).float() / 127).unsqueeze(1)
+
+
+def absmax(base: nn.Module) -> Tensor:
+    """(out,) of an int8 layer, whose forward pass moves it into `state`."""
+    return base.weight.SCB if base.weight.SCB is not None else base.state.SCB
+
+
+def _unpacked(base: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """bitsandbytes' layer as a plain `nn.Linear`."""
     linear = skip_init(nn.Linear, base.in_features, base.out_features, bias=base.bias is not None)
-    linear.weight = nn.Parameter(dense.to(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(dense_weight(base).to(dtype), requires_grad=False)
     linear.bias = base.bias
     return linear

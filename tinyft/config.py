@@ -17,10 +17,16 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tinyft.budget import Budget
 from tinyft.errors import InputError
 
 _Bits = Annotated[Literal[16, 8, 4], BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)]
 _Names = BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) and "," in v else v)
+# As it was written, or a number of a YAML file or a program as its digits.
+_Limit = Annotated[
+    str | None,
+    BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v),
+]
 # Which runs a field means something for; elsewhere, setting it is a mistake worth an error.
 _LORA: dict[str, Any] = {"only": "lora"}
 _GRADIENT: dict[str, Any] = {"only": "gradients"}
@@ -93,6 +99,11 @@ class TrainConfig(BaseModel):
     base_bits: _Bits = Field(16, description="bits of the frozen base's weights")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="CPU threads (default: torch's choice)")
+
+    memory: _Limit = Field(None, description="limit on the process (on a GPU: there), e.g. 1.5GiB")
+    flops: _Limit = Field(None, description="limit on all training steps, e.g. 2e15 or 2PFLOPs")
+    time: _Limit = Field(None, description="limit on the run, evaluations included, e.g. 1h30min")
+    energy: _Limit = Field(None, description="limit on what the processor draws, e.g. 50Wh")
 
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations")
     checkpoint_every: int | None = Field(
@@ -202,11 +213,20 @@ class TrainConfig(BaseModel):
                 f"{spell('base_bits')} {self.base_bits} keeps the base frozen, and {method.name} "
                 f"trains it: train adapters (lora), or leave {spell('base_bits')} at 16"
             )
+        if self.base_bits < 16 and method.packs_base:
+            problems.append(
+                f"{method.name} packs the base itself (adapters: to 4 bits), once it is rotated: "
+                f"leave {spell('base_bits')} at 16"
+            )
         if self.objective in ("accuracy", "f1") and method.uses_gradients:
             problems.append(
                 f"{spell('objective')} {self.objective} has no gradient: use a zeroth-order "
                 f"method (mezo), or the likelihood (choice) that it follows from"
             )
+        try:
+            Budget.parse(**{name: getattr(self, name) for name in LIMITS}, spell=spell)
+        except InputError as error:
+            problems.append(str(error).removesuffix("."))
         for name, info in type(self).model_fields.items():
             if self.applies(name, method) or getattr(self, name) == info.default:
                 continue
@@ -214,6 +234,11 @@ class TrainConfig(BaseModel):
             needs = "adapters (--trainable lora)" if lora else "gradients"
             problems.append(f"{spell(name)} needs {needs}, and this run has none")
         return problems
+
+    @property
+    def budget(self) -> Budget:
+        """The limits, in numbers."""
+        return Budget.parse(**{name: getattr(self, name) for name in LIMITS})
 
     def applies(self, name: str, method: Any) -> bool:
         """Whether a field means anything in this run."""
@@ -240,6 +265,8 @@ class TrainConfig(BaseModel):
         return {name: _plain(value) for name, value in values.items()}
 
 
+LIMITS = ("memory", "flops", "time", "energy")  # the fields that `Budget.parse` takes
+
 # How `--help` orders the flags; a field that is missing here fails the tests.
 GROUPS = {
     "the run": ("model", "data", "eval_data", "method", "output", "resume", "overwrite"),
@@ -250,6 +277,7 @@ GROUPS = {
     "adapters": ("trainable", "rank", "alpha", "dropout", "lora_targets"),
     "methods with gradients": ("optimizer", "grad_accumulation", "grad_clip", "checkpointing"),
     "the machine": ("dtype", "base_bits", "device", "threads"),
+    "the budget": LIMITS,
     "on the way": ("eval_every", "checkpoint_every", "skip_bad_rows", "tensorboard"),
 }
 
@@ -274,6 +302,18 @@ class Flag:
 def as_flag(name: str) -> str:
     """`batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Fields as words of a command line, `--batch-size=8`; None is left out."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(as_flag(name) if value else as_flag(f"no_{name}"))
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            words.append(f"{as_flag(name)}={text}")
+    return words
 
 
 def flags() -> list[Flag]:

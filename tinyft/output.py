@@ -7,7 +7,7 @@ run.json         only while training: what the run began with (hashes of the dat
 checkpoint/      only while training: the state of a gradient method
 steps.seedlog    methods that keep a log: checkpoint and artefact in one
 tinyft.json      the manifest; a folder without it is no finished model
-loss.png, report.json, and the artefact's own files
+loss.png, report.json, and the artefact's own files, a method's own pictures among them
 ```
 The artefact's files are written elsewhere and moved in, then the manifest, then the report: a kill
 at any moment leaves either an unfinished run that `--resume` continues, or a finished one.
@@ -30,8 +30,11 @@ from tinyft.config import TrainConfig, read_yaml
 from tinyft.errors import InputError
 
 # What may differ between the beginning of a run and its continuation: nothing the bits depend on.
-_FREE = {"threads", "eval_every", "checkpoint_every", "tensorboard", "output"}
-_LENGTH = {"steps", "epochs"}
+# Of the limits, time and energy only end the run. Another limit on memory means that it is fitted
+# anew from where it goes on, which is asked for, and changes no more than rounding.
+_LIMITS = {"memory", "time", "energy"}
+_FREE = {"threads", "eval_every", "checkpoint_every", "tensorboard", "output", *_LIMITS}
+_LENGTH = {"steps", "epochs", "flops"}  # on which a cosine depends
 
 
 class OutputFolder:
@@ -89,6 +92,8 @@ class OutputFolder:
                     f"{len(found)} in all): name a new or empty folder."
                 )
             return False
+        if self.finished:
+            self._sweep()  # of a run that was killed between its report and this
         if config.overwrite:
             return False
         if not config.resume:
@@ -156,6 +161,7 @@ class OutputFolder:
             "data_sha256": report["data"]["sha256"],
             "eval_data_sha256": report["data"]["eval_sha256"],
             "before": report["eval"]["before"],
+            "guard": report.get("guard", {}),
         }
 
     def read_report(self) -> dict[str, Any]:
@@ -171,17 +177,20 @@ class OutputFolder:
         finally:
             os.close(descriptor)
 
-    def cut_metrics(self, steps: int) -> list[dict[str, Any]]:
-        """Drop the lines after `steps`, in the file too, and return those kept."""
-        kept = []
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        found = []
         if self.metrics.is_file():
             for text in self.metrics.read_text().splitlines():
                 try:
-                    line = json.loads(text)
+                    found.append(json.loads(text))
                 except json.JSONDecodeError:
                     break  # a full disk may have cut the last line
-                if line["step"] <= steps:
-                    kept.append(line)
+        return found
+
+    def cut_metrics(self, steps: int) -> list[dict[str, Any]]:
+        """Drop the lines after `steps`, in the file too, and return those kept."""
+        kept = [line for line in self.read_metrics() if line["step"] <= steps]
         write_atomic(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
 
@@ -223,6 +232,10 @@ class OutputFolder:
     def save_report(self, report: Mapping[str, Any]) -> None:
         """The last file. Then nothing is left to resume, and what served that goes."""
         write_atomic(self.report, json.dumps(report, indent=1))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what only an unfinished run needs."""
         self.run.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
 

@@ -21,6 +21,7 @@ from tinyft import assets
 from tinyft.errors import InputError
 
 MANIFEST = "tinyft.json"
+_KINDS = ("model", "adapter", "packed", "seed_log")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = (".safetensors", ".gguf", *_PICKLES)
 _NO_PICKLE = (
@@ -31,7 +32,8 @@ _NO_PICKLE = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a reference leads: `form` is `"folder"`, `"gguf"`, `"adapter"` or `"seed_log"`.
+    """Where a reference leads: `form` is `"folder"`, `"gguf"`, `"packed"`, `"adapter"` or
+    `"seed_log"`.
 
     `path` is a folder or the GGUF file itself; `manifest` is what the trained forms say they are.
     """
@@ -58,8 +60,12 @@ class Source:
         return self.ref if is_name else str(self.path)
 
 
-def locate(ref: str | Path) -> Source:
+def locate(ref: str | Path, *, weights: bool = True) -> Source:
     """Follow a reference to files on this machine.
+
+    Args:
+        ref: see the module.
+        weights: a folder without any will not do.
 
     Raises:
         InputError: nothing there; a folder without a model; only pickles; no hub reached.
@@ -69,7 +75,7 @@ def locate(ref: str | Path) -> Source:
         return _inspect(ref, assets.fetch(ref))
     path = Path(ref).expanduser()
     if path.exists():
-        return _inspect(ref, path.resolve())
+        return _inspect(ref, path.resolve(), weights)
     if is_hub_id(ref):
         return _inspect(ref, _from_hub(ref))
     raise InputError(
@@ -100,7 +106,7 @@ def _from_hub(ref: str) -> Path:
         ) from error
 
 
-def _inspect(ref: str, path: Path) -> Source:
+def _inspect(ref: str, path: Path, weights: bool = True) -> Source:
     if path.is_file():
         if path.suffix == ".gguf":
             return Source(ref, path, "gguf")
@@ -110,7 +116,7 @@ def _inspect(ref: str, path: Path) -> Source:
     if MANIFEST in names:
         manifest = _read_json(path / MANIFEST)
         kind = manifest.get("kind")
-        if manifest.get("format") != 1 or kind not in ("model", "adapter", "seed_log"):
+        if manifest.get("format") != 1 or kind not in _KINDS:
             raise InputError(
                 f"{path / MANIFEST} has format {manifest.get('format')!r} and kind {kind!r}; this "
                 f"version of TinyFT reads format 1. Update TinyFT."
@@ -119,6 +125,8 @@ def _inspect(ref: str, path: Path) -> Source:
             return Source(ref, path, kind, manifest)
     elif "run.json" in names:  # even if its files look whole: the manifest comes last
         raise InputError(f"{ref} is a training run that has not finished. Finish it with --resume.")
+    elif "packed.json" in names:
+        return Source(ref, path, "packed")
     elif "adapter_config.json" in names:
         if "adapter_model.safetensors" not in names:
             raise InputError(f"{ref} has no adapter_model.safetensors; {_NO_PICKLE}.")
@@ -129,6 +137,8 @@ def _inspect(ref: str, path: Path) -> Source:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return Source(ref, path / ggufs[0], "gguf")
+    if "config.json" in names and not weights:
+        return Source(ref, path, "folder")
     raise InputError(f"{ref} holds no model to load: {_what_is_wrong(path, names, ggufs)}")
 
 

@@ -95,21 +95,29 @@ def build_report(
     bad_rows: Sequence[Any],
     padding_share: float,
     info: Mapping[str, Any],
+    used: Mapping[str, float],
     meter: PeakMeter,
 ) -> dict[str, Any]:
-    """report.json of a finished run.
+    """report.json of a finished run; `kernels` says which implementation of each ran last.
 
     Args:
         steps: the lines of metrics.jsonl.
         scores: held-out scores by the number of steps done.
-        info: hashes of the data, as run.json has them.
+        info: hashes of the data, and what the budget led to, as run.json has them.
+        used: time and energy of the whole run, from `tinyft.guard.Guard.used`.
     """
+    from tinyft.kernels import dispatch
+
+    guard = info.get("guard", {})
     return {
         "method": config.method,
         "model": config.model,
         "config": config.flat(),
+        "stopped_by": guard.get("stop", {}).get("by"),
+        "guard": {name: value for name, value in guard.items() if name != "stop"},
         "measured": {
             **measured(steps, loaded_bytes),
+            **used,
             "eval_peak_memory_bytes": meter.peaks.get("eval", 0),
             "memory_source": meter.source,
         },
@@ -135,6 +143,7 @@ def build_report(
             "dtype": loaded.dtype,
             "base_bits": loaded.base_bits,
         },
+        "kernels": dict(dispatch.ran),
         "versions": versions(),
         "hardware": hardware(meter.device),
     }
@@ -150,6 +159,8 @@ def summary(report: Mapping[str, Any]) -> str:
         f"memory: peak {human(got['peak_memory_bytes'])}, of which the loaded model "
         f"{human(got['loaded_memory_bytes'])}",
     ]
+    if limit := report.get("stopped_by"):
+        lines.insert(1, f"ended by --{limit} {report['config'][limit]}")
     for when in ("before", "after"):
         if report["eval"].get(when):
             lines.append(f"held-out {when}: {scores_text(report['eval'][when])}")

@@ -11,14 +11,19 @@ _SAVING_SHARE = 0.05  # of the time, where nothing else was asked for
 _FIRST_SAVE_S = 20.0
 
 
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Of step `step` (from 0) of `total`: linear warm-up, then constant or half a cosine to 0."""
+def learning_rate(step: int, total: int, config: TrainConfig, spent: float = 0.0) -> float:
+    """Of step `step` (from 0) of `total`: linear warm-up, then constant or half a cosine to 0.
+
+    Args:
+        spent: share of the limit on FLOPs. Where that ends the run before `total`, the cosine
+            follows it, so that it comes down to 0 all the same.
+    """
     peak = config.lr or 0.0
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
     if config.schedule == "constant":
         return peak
-    share = (step - config.warmup) / max(1, total - config.warmup)
+    share = max(spent, (step - config.warmup) / max(1, total - config.warmup))
     return peak * 0.5 * (1.0 + math.cos(math.pi * share))
 
 

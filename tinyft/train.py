@@ -7,16 +7,18 @@ checkpoint, or from the method's own log, to the same final bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from tinyft.checkpoint import RunState, is_disk_full, restore_weights, trainable
-from tinyft.config import TrainConfig
+from tinyft.config import LIMITS, TrainConfig
 from tinyft.errors import BudgetError, InputError
+from tinyft.guard import Guard, out_of_memory
 from tinyft.inputs import pick_device, read_source
 from tinyft.interrupt import Stopped, StopSignals
 from tinyft.memory import PeakMeter, human, trim
@@ -24,6 +26,8 @@ from tinyft.output import OutputFolder
 from tinyft.progress import Reporter, Step, TensorBoardReporter, check_tensorboard
 from tinyft.report import build_report
 from tinyft.schedule import SavingClock, learning_rate, step_seed
+
+_NEAR = 0.95  # of the limit on memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def run(
     Raises:
         InputError: bad input, a folder that holds another run, a loss that is not finite, a full
             disk.
-        BudgetError: out of memory.
+        BudgetError: out of memory, or a budget that allows for no step.
         Stopped: SIGINT or SIGTERM; the state has been saved.
     """
     if config.tensorboard:
@@ -93,16 +97,23 @@ class _Session:
         self.info: dict[str, Any] = {}  # what run.json holds
         self.lines: list[dict[str, Any]] = []  # the steps of metrics.jsonl
         self.scores: dict[int, dict[str, Any]] = {}  # held-out scores by steps done
+        self.said = ""  # of the kernels
+        self.guard = Guard(config.budget)
+        self.limit_bytes = config.budget.memory_bytes
+        saved = folder.saved_config() if folder and resuming else config.flat()
+        self.changed = {name for name in LIMITS if saved.get(name) != getattr(config, name)}
 
     def run(self, loaded: Any, rows: Mapping[str, Any]) -> Result:
         import torch
 
         from tinyft.data import Batches, encode, pad_id
-        from tinyft.losses import objective
+        from tinyft.kernels import dispatch
+        from tinyft.losses import objective_of
         from tinyft.models import load
         from tinyft.optim import METHODS
 
         config = self.config
+        dispatch.ran.clear()  # what an earlier run of this process did is not this one's
         method = METHODS[config.method]
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -120,11 +131,24 @@ class _Session:
                 num_labels=len(train.items[0].choices) or None if encoder else None,
                 seed=config.seed,
             )
+        if loaded.base_bits < 16 and config.trainable == "all":
+            raise InputError(
+                f"{config.model} is packed to {loaded.base_bits} bits, hence frozen, and "
+                f"{config.method} trains all: use --trainable lora, or begin from the model that "
+                f"it was made from."
+            )
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         device = str(next(self.model.parameters()).device)
+        if config.energy and device != "cpu":
+            raise InputError(
+                f"--energy {config.energy} cannot be held on {device}: only the processor's energy "
+                f"is measured. Limit the time instead (--time)."
+            )
         self.meter = PeakMeter(device)
         trim()  # what loading freed is no part of the model
-        loaded_bytes = self.meter.now_bytes()
+        loaded_bytes = self.loaded_bytes = self.meter.now_bytes()
+        if self.limit_bytes is not None and loaded_bytes > self.limit_bytes:
+            raise BudgetError(self.too_small("for the model alone", loaded_bytes))
         self.reporter.info(
             f"{config.model}: {sum(p.numel() for p in self.model.parameters()):,} parameters, "
             f"{loaded.dtype}, {human(loaded_bytes)} on {device}"
@@ -136,8 +160,7 @@ class _Session:
         if encoded.kind == "class":
             self.model.config.id2label = dict(enumerate(encoded.labels))
             self.model.config.label2id = {name: i for i, name in enumerate(encoded.labels)}
-        direct = config.objective in ("accuracy", "f1")
-        self.objective = objective(config.objective if direct else encoded.kind)
+        self.objective = objective_of(config.objective, encoded.kind)
         self.batches = Batches(
             encoded,
             self.per_step,
@@ -152,6 +175,9 @@ class _Session:
             self.folder.begin(config, self.info, resuming=self.resuming)
             if config.tensorboard:
                 self.reporter = TensorBoardReporter(self.reporter, self.folder.tensorboard)
+        if self.must_fit("eval_batch_size"):
+            self.memo.pop("eval_batch_size", None)
+            self.fit_evaluation()
         if self.info.get("before") is None and self.held_out:
             self.info["before"] = self.score("before")
             if self.folder:
@@ -166,19 +192,20 @@ class _Session:
         self.model.eval()
         after = self.score("after") if self.held_out else None
         if after:
-            self.scores[self.total] = after
+            self.scores[self.done] = after
         report = build_report(
             config,
             self.model,
             steps=self.lines,
             scores=self.scores,
-            total=self.total,
+            total=self.done,
             loaded=loaded,
             loaded_bytes=loaded_bytes,
             encoded=encoded,
             bad_rows=[*train.bad, *encoded.bad],
             padding_share=self.batches.padding_share,
             info=self.info,
+            used=self.guard.used(),
             meter=self.meter,
         )
         if self.folder:
@@ -223,6 +250,25 @@ class _Session:
                     f"anew with --overwrite."
                 )
         self.info = saved
+        self.guard.evaluation_s = self.memo.get("evaluation_s", 0.0)
+        if self.changed - {"memory"}:
+            self.memo.pop("stop", None)
+
+    @property
+    def memo(self) -> dict[str, Any]:
+        """What the budget led to, as run.json keeps it, so that a resumed run does the same:
+
+        * `stop`: the step after which the run ends, and by which limit. A clock decides once.
+        * `settings`: how steps are taken, `{"step": from which on, attribute: value}`.
+        * `probed_bytes`: what a step on the longest batch takes in the first of them.
+        * `eval_batch_size`, `evaluation_s`.
+        """
+        return self.info.setdefault("guard", {})
+
+    def note(self, **values: Any) -> None:
+        self.memo.update(values)
+        if self.folder:
+            self.folder.save_info(self.info)
 
     def say_data(self, train: Any, encoded: Any) -> None:
         notes = [f"{len(encoded.items):,} examples, {encoded.n_tokens:,} tokens"]
@@ -245,7 +291,12 @@ class _Session:
         from tinyft.losses import check_head
 
         optimizer = self.optimizer = method.attach(self.model, self.config)
+        self.keeps_state = self.folder is not None and not method.keeps_log
         self.model.train(method.uses_gradients)
+        optimizer.prepare(
+            self.loss,
+            (self.batches[i].to(self.meter.device) for i in range(len(self.batches))),
+        )
         with self.meter.phase("restore"):
             if self.loaded.kind == "causal":
                 check_head(self.model)  # once, here, so that no step's FLOPs include it
@@ -255,41 +306,59 @@ class _Session:
                 f"The run has already done {start} steps, more than the {self.total} asked for: "
                 f"leave --steps and --epochs out, or ask for more."
             )
+        self.fit_memory(start)
+        self.plan_end(method)
         self.reporter.begin(self.total, start)
         last = next((x for x in reversed(self.lines) if x["seconds"] is not None), {})
         flops = FlopMeter()
         flops_before, wall_s = last.get("flops", 0), last.get("wall_s", 0.0)
         peak_before = last.get("peak_memory_bytes", 0)
         saving = SavingClock(self.config.checkpoint_every)
-        keeps_state = self.folder is not None and not method.keeps_log
         with StopSignals() as stop:
-            for step in range(start, self.total):
-                self.score_if_due(step)
-                began = perf_counter()
-                loss, lr, batch = self.step(optimizer, flops, step)
-                seconds = perf_counter() - began
-                wall_s += seconds
-                line = {
-                    "step": step + 1,
-                    "loss": loss,
-                    "lr": lr,
-                    "tokens": int(batch.attention_mask.sum()),
-                    "seconds": seconds,
-                    "wall_s": wall_s,
-                    "flops": flops_before + flops.flops,
-                    "peak_memory_bytes": max(peak_before, self.meter.peak_bytes("train")),
-                }
-                self.record(line)
-                # After the last step a long evaluation may follow, and a kill in it.
-                ends = bool(stop.number) or (step + 1 == self.total and bool(self.held_out))
-                if keeps_state and (ends or saving.due(step + 1)):
+            self.done = start
+            ends = self.is_over()
+            while not ends:
+                self.score_if_due(self.done)
+                with self.guard.step():
                     began = perf_counter()
-                    self.save(optimizer, step + 1)
+                    loss, lr, batch = self.step_in_memory(flops)
+                    seconds = perf_counter() - began
+                    wall_s += seconds
+                    self.done += 1
+                    self.guard.count(flops_before + flops.flops)
+                    line = {
+                        "step": self.done,
+                        "loss": loss,
+                        "lr": lr,
+                        "tokens": int(batch.attention_mask.sum()),
+                        "seconds": seconds,
+                        "wall_s": wall_s,
+                        "flops": flops_before + flops.flops,
+                        "peak_memory_bytes": max(peak_before, self.meter.peak_bytes("train")),
+                        **self.guard.used(),
+                    }
+                    self.record(line)
+                    self.say_what_ran()
+                self.watch_memory()
+                ends = self.is_over()
+                # After the last step a long evaluation may follow, and a kill in it.
+                is_last = bool(stop.number) or (ends and bool(self.held_out))
+                if self.keeps_state and (is_last or saving.due(self.done)):
+                    began = perf_counter()
+                    self.save(self.done)
                     seconds = perf_counter() - began
                     saving.saved(seconds)
                     wall_s += seconds
                 if stop.number:
-                    raise self.stopped(stop.number, step + 1)
+                    raise self.stopped(stop.number, self.done)
+
+    def say_what_ran(self) -> None:
+        """A line after the first step, and where it changes: kernels in torch or in Triton."""
+        from tinyft.kernels import dispatch
+
+        if (said := dispatch.said()) and said != self.said:
+            self.said = said
+            self.reporter.info(f"kernels: {said}")
 
     def restore(self, optimizer: Any) -> int:
         """Bring back weights, optimizer and books; returns the number of steps already done."""
@@ -297,7 +366,12 @@ class _Session:
             return 0
         start = 0
         if optimizer.keeps_log:
-            start = optimizer.open_log(self.folder.log, resume=self.resuming)
+            # With a limit on FLOPs, steps without a line (of which at most the last has none) are
+            # done again, so that their FLOPs are known.
+            known = None
+            if self.config.flops and self.resuming:
+                known = sum("eval" not in line for line in self.folder.read_metrics())
+            start = optimizer.open_log(self.folder.log, resume=self.resuming, at_most=known)
         elif self.resuming and (state := RunState.load(self.folder.checkpoint)):
             restore_weights(self.model, state.weights)
             optimizer.load_state_tensors(state.optimizer)
@@ -307,10 +381,52 @@ class _Session:
         kept = self.folder.cut_metrics(start)
         self.scores |= {line["step"]: line["eval"] for line in kept if "eval" in line}
         self.lines = [line for line in kept if "eval" not in line]
+        self.guard.go_on(self.lines)
         # A kill between a log's entry and the line about it loses that line's numbers alone.
         for step in range(len(self.lines), start):
             self.record({"step": step + 1, "loss": None, "seconds": None}, quiet=True)
         return start
+
+    def is_over(self) -> bool:
+        """Whether the run ends here, and if a limit is why, once and for all."""
+        stop = self.memo.get("stop")
+        if self.done >= self.total:
+            return True
+        if stop is None:
+            by = self.guard.over(evaluation_first=self.is_due(self.done))
+            if by is None:
+                return False
+            if self.done == 0:
+                raise BudgetError(self.too_short(by))
+            stop = {"step": self.done, "by": by}
+            self.note(stop=stop)
+        if self.done < stop["step"]:
+            return False
+        rest = "another step may not fit into the rest"
+        if stop["by"] != "flops":
+            rest = "the rest is for the end"
+        self.reporter.info(
+            f"--{stop['by']} {getattr(self.config, stop['by'])} ends the run after step "
+            f"{self.done} of {self.total}: {rest}."
+        )
+        return True
+
+    def too_short(self, by: str) -> str:
+        used = self.guard.used()
+        return (
+            f"--{by} {getattr(self.config, by)} is over before the first step: to load and to "
+            f"evaluate took {used['elapsed_s']:.1f} s, and the end will take about "
+            f"{self.guard.finish_s:.1f} s. Give more, evaluate less, or take a smaller model."
+        )
+
+    def plan_end(self, method: Any) -> None:
+        """What the end will write: the artefact, and before a last evaluation a checkpoint."""
+        weights = trainable(self.model).values()
+        n_bytes = sum(p.numel() * p.element_size() for p in weights)
+        if self.folder and not (method.keeps_log and self.config.trainable == "all"):
+            self.guard.saving_bytes = n_bytes
+        if self.keeps_state and self.held_out:
+            self.guard.saving_bytes += 3 * n_bytes  # with moments, at most
 
     def step(self, optimizer: Any, flops: Any, step: int) -> tuple[float, float, Any]:
         """One optimizer step; returns its loss, its learning rate and its batch."""
@@ -319,16 +435,20 @@ class _Session:
         from tinyft.optim.base import check_finite
 
         batch = self.batches[step].to(self.meter.device)
-        lr = learning_rate(step, self.total, self.config)
+        lr = learning_rate(step, self.total, self.config, self.guard.flops_share)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(step_seed(self.config.seed, step))
         loss = flops.step(
-            batch.signature,
-            lambda: optimizer.step(lambda part: self.objective(self.model, part), batch),
+            (*(part.signature for part in batch.split(optimizer.n_parts)), optimizer.cost_key()),
+            lambda: optimizer.step(self.loss, batch),
         )
         check_finite(loss, step + 1)
         return float(loss), lr, batch
+
+    def loss(self, part: Any) -> Any:
+        """One loss an example."""
+        return self.objective(self.model, part)
 
     def record(self, line: dict[str, Any], *, quiet: bool = False) -> None:
         self.lines.append(line)
@@ -350,27 +470,182 @@ class _Session:
 
     def score(self, when: str) -> dict[str, Any]:
         """Held-out scores. Their memory is counted apart from training's."""
+        with self.guard.evaluating():
+            with self.meter.phase("eval"):
+                found = self.evaluate(self.held_out)
+            self.reporter.evaluation(when, found)
+        self.memo["evaluation_s"] = self.guard.evaluation_s
+        return found
+
+    def evaluate(self, encoded: Any) -> dict[str, Any]:
         from tinyft.evaluate import evaluate
 
-        with self.meter.phase("eval"):
-            found = evaluate(
-                self.model, self.tokenizer, self.held_out, batch_size=self.config.batch_size
-            )
-        self.reporter.evaluation(when, found)
-        return found
+        size = self.memo.get("eval_batch_size", self.config.batch_size)
+        return evaluate(self.model, self.tokenizer, encoded, batch_size=size)
 
     def score_if_due(self, done: int) -> None:
         """At every `eval_every`-th step, unless the books have it from before a resume."""
-        every = self.config.eval_every
-        if self.held_out and every and done and done % every == 0 and done not in self.scores:
+        if self.is_due(done):
             self.scores[done] = self.score(f"step {done}")
             if self.folder:
                 self.folder.append_metrics({"step": done, "eval": self.scores[done]})
 
-    def save(self, optimizer: Any, step: int) -> None:
+    def is_due(self, done: int) -> bool:
+        every = self.config.eval_every
+        return bool(self.held_out and every and done and done % every == 0) and (
+            done not in self.scores
+        )
+
+    def save(self, step: int) -> None:
         assert self.folder is not None
-        state = RunState(step, trainable(self.model), optimizer.state_tensors())
+        state = RunState(step, trainable(self.model), self.optimizer.state_tensors())
+        tensors = [*state.weights.values(), *state.optimizer.values()]
+        began = perf_counter()
         self.folder.save_state(state)
+        n_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        self.guard.wrote(n_bytes, perf_counter() - began)
+
+    # Within the memory.
+
+    # The longest batch and the longest evaluation are tried before the first step; the training
+    # loop and `run` call what follows at their moments.
+
+    def fit_evaluation(self, kept_bytes: int = 0) -> None:
+        """Find how many examples an evaluation can score at a time, by trying the longest.
+
+        Args:
+            kept_bytes: what training will have added by then.
+        """
+        if not self.held_out:
+            return
+        longest = sorted(self.held_out.items, key=lambda item: -item.length)
+        while True:
+            size = self.memo.get("eval_batch_size", self.config.batch_size)
+            encoded = replace(self.held_out, items=longest[:size])
+            needed = self.probed(lambda encoded=encoded: self.evaluate(encoded) and kept_bytes)
+            if needed <= self.limit_bytes:
+                break
+            if size == 1:
+                raise BudgetError(self.too_small("to score one example at a time", needed))
+            self.memo["eval_batch_size"] = size // 2
+        self.memo.setdefault("eval_batch_size", size)
+
+    def fit_memory(self, start: int) -> None:
+        """Find the quickest way to take steps within the limit, by trying the longest batch; when
+        resuming, what was found before holds."""
+        if not self.must_fit("settings"):
+            return
+        batch = self.batches[0].to(self.meter.device)
+        kept = 0
+
+        def probe() -> int:
+            nonlocal kept
+            kept = self.optimizer.probe(self.loss, batch)
+            return kept
+
+        needs = []
+        for setting in self.optimizer.settings(batch.size):
+            self.set(setting)
+            needs.append(self.probed(probe))
+            if needs[-1] <= self.limit_bytes:
+                break
+        else:
+            raise BudgetError(self.too_small("for a step, however it is taken", min(needs)))
+        earlier = [entry for entry in self.memo.get("settings", []) if entry["step"] < start]
+        self.note(settings=[*earlier, {"step": start, **setting}], probed_bytes=needs[-1])
+        if len(needs) > 1:
+            self.reporter.info(
+                f"--memory {self.config.memory}: a step would take {_found(needs[0])}; "
+                f"{_in_words(setting)} it takes {_found(needs[-1])}."
+            )
+        self.fit_evaluation(kept)
+        self.note()
+
+    def must_fit(self, name: str) -> bool:
+        """Whether there is a limit on memory, and not what fits it."""
+        known = name in self.memo and "memory" not in self.changed
+        return self.limit_bytes is not None and not known
+
+    def probed(self, function: Callable[[], int]) -> float:
+        """The peak of memory meanwhile and what it returns; infinite if there was not enough."""
+        self.meter.peaks.pop("probe", None)
+        found: float = float("inf")
+        try:
+            with self.meter.phase("probe"):
+                found = function()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        gc.collect()
+        return found + self.meter.peaks["probe"]
+
+    def set(self, setting: Mapping[str, Any]) -> None:
+        for name, value in setting.items():
+            if name != "step":
+                setattr(self.optimizer, name, value)
+
+    def step_in_memory(self, flops: Any) -> tuple[float, float, Any]:
+        """`step`; under a limit on memory a failed allocation leads to leaner ways."""
+        while True:
+            for entry in self.memo.get("settings", []):
+                if entry["step"] <= self.done:
+                    self.set(entry)
+            try:
+                return self.step(self.optimizer, flops, self.done)
+            except Exception as error:
+                if self.limit_bytes is None or not out_of_memory(error):
+                    raise
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+            # Out here the failed step's tensors are gone with the traceback.
+            gc.collect()
+            trim()
+            clean = self.optimizer.clean
+            self.go_leaner(f"memory ran out in step {self.done + 1} ({reason})", may_save=clean)
+            if not clean:
+                raise BudgetError(
+                    f"Memory ran out in the middle of an update ({reason}), which cannot be taken "
+                    f"back. {self.saved_so_far()} --resume goes on from there, and takes this step "
+                    f"{_in_words(self.memo['settings'][-1])}."
+                )
+
+    def watch_memory(self) -> None:
+        """After a step: near the limit hand free pages back, above it take leaner steps."""
+        if self.limit_bytes is None:
+            return
+        peak_bytes = self.meter.lap_bytes()
+        if peak_bytes > _NEAR * self.limit_bytes:
+            trim()
+        if peak_bytes > self.limit_bytes and self.done < self.total:
+            self.go_leaner(f"step {self.done} took {human(peak_bytes)}")
+
+    def go_leaner(self, why: str, *, may_save: bool = True) -> None:
+        """From the next step on. Written down, so that a resumed run does so, too."""
+        examples = min(self.per_step, len(self.batches.items))
+        leaner = self.optimizer.settings(examples)[1:2]
+        if not leaner:
+            if self.keeps_state and may_save:
+                self.save(self.done)
+            raise BudgetError(
+                f"--memory {self.config.memory} is too small: {why}, and there is no leaner way. "
+                f"{self.saved_so_far()} Go on with --resume and a larger --memory."
+            )
+        self.set(leaner[0])
+        self.note(settings=[*self.memo.get("settings", []), {"step": self.done, **leaner[0]}])
+        self.reporter.info(
+            f"--memory {self.config.memory}: {why}; from here steps are taken "
+            f"{_in_words(leaner[0])}."
+        )
+
+    def saved_so_far(self) -> str:
+        return self.folder.saved_so_far() if self.folder else "Nothing is saved without --output."
+
+    def too_small(self, what: str, needed: float) -> str:
+        return (
+            f"--memory {self.config.memory} is too small {what}: {self.config.method} on "
+            f"{self.config.model} needs {_found(needed)}, of which {human(self.loaded_bytes)} are "
+            f"the process with the model loaded. Give that much, or try a smaller --max-length, "
+            f"--dtype bfloat16, --base-bits 4 with lora, or --method mezo."
+        )
 
     def stopped(self, number: int, step: int) -> Stopped:
         if self.folder is None:
@@ -397,14 +672,12 @@ class _Session:
         }
         known = [line for line in self.lines if line["loss"] is not None]
         subtitle = f"{Path(self.config.data).name}, lr {self.config.lr:g}, {self.per_step} a step"
-        accuracy = [self.scores.get(at, {}).get("accuracy") for at in (0, self.total)]
+        accuracy = [self.scores.get(at, {}).get("accuracy") for at in (0, self.done)]
         if None not in accuracy:
             subtitle += "; held-out accuracy {:.1%} before, {:.1%} after".format(*accuracy)
         report["artefact"] = self.folder.finish(
             manifest,
-            lambda directory: self.optimizer.save_artefact(
-                self.model, self.tokenizer, directory, self.loaded.base_ref
-            ),
+            self.save_artefact,
             lambda path: loss_plot(
                 path,
                 [line["step"] for line in known],
@@ -416,6 +689,15 @@ class _Session:
         )
         self.folder.save_report(report)
 
+    def save_artefact(self, directory: Path) -> str:
+        """What the method made, and its own pictures, into a folder; returns the kind."""
+        kind = self.optimizer.save_artefact(
+            self.model, self.tokenizer, directory, self.loaded.base_ref
+        )
+        for name, draw in self.optimizer.plots().items():
+            draw(directory / name)
+        return kind
+
 
 def _grows(folder: OutputFolder, config: TrainConfig) -> bool:
     """Whether a finished run is asked to go on for longer.
@@ -426,7 +708,8 @@ def _grows(folder: OutputFolder, config: TrainConfig) -> bool:
     from tinyft.optim import METHODS
 
     saved, now = folder.saved_config(), config.flat()
-    if all(saved.get(name) == now[name] for name in ("steps", "epochs")):
+    by = folder.read_report().get("stopped_by")
+    if all(saved.get(name) == now[name] for name in ("steps", "epochs", by) if name):
         return False
     if METHODS[config.method].keeps_log:
         return True
@@ -448,7 +731,7 @@ def _explained(folder: OutputFolder | None, config: TrainConfig) -> Iterator[Non
                 f"{folder.saved_so_far()} Free some space there, then: "
                 f"tinyft train --output {folder.directory} --resume"
             ) from error
-        if _is_out_of_memory(error):
+        if out_of_memory(error):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BudgetError(
                 f"{config.method} on {config.model} with batches of {config.batch_size} does not "
@@ -459,9 +742,15 @@ def _explained(folder: OutputFolder | None, config: TrainConfig) -> Iterator[Non
         raise
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
-    )
+def _found(n_bytes: float) -> str:
+    return "more than there is" if n_bytes == float("inf") else human(n_bytes)
+
+
+def _in_words(setting: Mapping[str, Any]) -> str:
+    """`{"checkpointing": "full", "grad_accumulation": 4}` -> `with 4 parts, ...`."""
+    words = {
+        "grad_accumulation": "batches in {} parts",
+        "splits": "forward passes in {} times as many parts",
+        "checkpointing": "{} checkpointing",
+    }
+    return "with " + " and ".join(words[k].format(v) for k, v in setting.items() if k in words)

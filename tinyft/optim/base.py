@@ -7,7 +7,7 @@ must provide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -72,8 +72,16 @@ class Optimizer(torch.optim.Optimizer):
             user may choose (`--trainable`).
         default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`.
         uses_gradients: False for zeroth-order methods (the loop then runs without autograd).
+        packs_base: True when the method brings its own few bits a weight: `base_bits` stays 16.
+        layers_alike: True when a step does the same for every layer of a kind, so that what few
+            layers cost tells what many do (`tinyft/pricing.py`).
         keeps_log: True when the method appends each step to a log that replays into the weights:
             the log is then checkpoint and artefact in one, and `open_log` is called before step 0.
+
+    Attributes:
+        clean: after a step that raised an error: whether it left everything as it was before, so
+            that it may be taken again.
+        n_parts: parts that a step's batch is run in, one after the other.
     """
 
     name: ClassVar[str] = ""
@@ -81,7 +89,14 @@ class Optimizer(torch.optim.Optimizer):
     needs: ClassVar[str | None] = None
     default_lr: ClassVar[Mapping[str, float]] = {"all": 2e-5, "lora": 2e-4}
     uses_gradients: ClassVar[bool] = True
+    packs_base: ClassVar[bool] = False
+    layers_alike: ClassVar[bool] = False
     keeps_log: ClassVar[bool] = False
+    clean: bool = False
+
+    @property
+    def n_parts(self) -> int:
+        return 1
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -108,17 +123,57 @@ class Optimizer(torch.optim.Optimizer):
         choose the parameters, return `self`. `config.options` is an instance of `Options`."""
         raise NotImplementedError
 
+    @classmethod
+    def obstacle(cls, model_config: Any) -> str:
+        """Why the method cannot train a model of this configuration (transformers'), or ""."""
+        return ""
+
+    def prepare(self, closure: Callable[..., Tensor], batches: Iterable[Any]) -> None:
+        """Before the first step, and again before the weights of a checkpoint are restored: look at
+        data, if the method must. `batches` begin the run's; `closure(batch)` is as `step`'s."""
+
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         """Write the result into `directory` (an adapter, a model); returns its kind:
-        `"model"`, `"adapter"` or `"seed_log"`."""
+        `"model"`, `"adapter"`, `"packed"` or `"seed_log"`."""
         raise NotImplementedError
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything besides the trainable parameters that a bit-exact resume needs, flat."""
         raise NotImplementedError
 
-    def open_log(self, path: Path, *, resume: bool) -> int:
-        """For `keeps_log` methods: start, or to resume replay, the log; returns steps replayed."""
+    def assume(self) -> None:
+        """For a model without values (`tinyft/dry_run.py`): decide without data what steps would
+        find out from it, before the first one."""
+
+    def settings(self, size: int) -> list[dict[str, Any]]:
+        """Ways to take the same step (up to rounding) on `size` examples, from the present one to
+        leaner and slower ones: each is attributes to set."""
+        return [{}]
+
+    def probe(self, closure: Callable[..., Tensor], batch: ExpandableBatch) -> int:
+        """Do what takes most memory in a step, and leave everything as it was, random numbers too.
+
+        Returns:
+            bytes that the first step will take on top, and keep.
+        """
+        return 0
+
+    def cost_key(self) -> Hashable:
+        """Before a step: steps with equal keys, on parts of equal shape, cost equal FLOPs."""
+        return None
+
+    @property
+    def period(self) -> int:
+        """Steps after which their costs repeat: one that may be dearer, then equal ones."""
+        return 1
+
+    def plots(self) -> dict[str, Callable[[Path], None]]:
+        """`{file name: a function that draws it to a path}`, for the output folder."""
+        return {}
+
+    def open_log(self, path: Path, *, resume: bool, at_most: int | None = None) -> int:
+        """For `keeps_log` methods: start, or to resume replay, the log; returns steps replayed.
+        What goes beyond `at_most` steps is cut off, to be done again."""
         raise NotImplementedError
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

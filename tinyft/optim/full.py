@@ -27,6 +27,7 @@ class Full(GradientOptimizer):
     """
 
     needs = "all"
+    layers_alike = True
 
     def __init__(
         self,
@@ -61,11 +62,7 @@ class Full(GradientOptimizer):
         return cls(
             model,
             config.lr,
-            weight_decay=config.weight_decay,
-            optimizer=config.optimizer,
-            grad_clip=config.grad_clip,
-            grad_accumulation=config.grad_accumulation,
-            checkpointing=config.checkpointing,
+            **cls.arguments(config),
         )
 
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:

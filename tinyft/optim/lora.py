@@ -11,7 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from tinyft.adapters import LoRALinear, adapters, inject, load_adapter, merge, remove, save_adapter
+from tinyft.adapters import (
+    LoRALinear,
+    adapter_arguments,
+    adapters,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+)
 from tinyft.gradient import GradientOptimizer
 from tinyft.losses import check_head
 from tinyft.optim.base import register
@@ -41,6 +50,7 @@ class LoRA(GradientOptimizer):
     """
 
     needs = "lora"
+    layers_alike = True
 
     def __init__(
         self,
@@ -82,16 +92,8 @@ class LoRA(GradientOptimizer):
         return cls(
             model,
             config.lr,
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=config.lora_targets,
-            dropout=config.dropout,
-            seed=config.seed,
-            weight_decay=config.weight_decay,
-            optimizer=config.optimizer,
-            grad_clip=config.grad_clip,
-            grad_accumulation=config.grad_accumulation,
-            checkpointing=config.checkpointing,
+            **adapter_arguments(config),
+            **cls.arguments(config),
         )
 
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,13 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from tinyft import adapters, prefix
+from tinyft.activations import blocks_of
 from tinyft.errors import InputError
 from tinyft.heap import HeapWatch
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
 from tinyft.zeroth.directions import FAMILIES, make_directions
 from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
-from tinyft.zeroth.forward import PerturbedForward
+from tinyft.zeroth.forward import Group, PerturbedForward
 from tinyft.zeroth.seed_log import SeedLog, fingerprint
 from tinyft.zeroth.update import update_
 
@@ -117,6 +118,7 @@ class MeZO(Optimizer):
     Options = MeZOOptions
     default_lr = {"all": 5e-6, "lora": 1e-4, "prefix": 1e-2}  # noqa: RUF012
     uses_gradients = False
+    layers_alike = True
     keeps_log = True
 
     def __init__(
@@ -158,6 +160,7 @@ class MeZO(Optimizer):
         self._forward = None if exact else PerturbedForward(model, self.parameters)
         self._recent: deque[list[float]] = deque(maxlen=_window(momentum))
         self._scalar_objective = False
+        self.splits = 1  # of a part of the batch, which without has the rows of inference
         self._heap = HeapWatch()
 
     @torch.no_grad()
@@ -168,22 +171,26 @@ class MeZO(Optimizer):
                 "MeZO evaluates the loss itself: call step(lambda: loss_fn(model, batch)). In the "
                 "Hugging Face Trainer use tinyft.trainer.make_trainer."
             )
-        with _eval_mode(self.model):
+        self.clean = not self.options.exact  # weights are read-only until the update
+        # What a layer's forward pass frees (a packed weight's numbers, say) leaves holes.
+        with _eval_mode(self.model), self._heap.before(blocks_of(self.model)):
             if self.options.exact:
                 loss, gradients = self._exact_losses(closure, batch)
             else:
-                points = evaluation_points(self.options.estimator, self.options.probes)
-                draws = [
-                    self.directions.draw(self.steps_taken, p) for p in range(self.options.probes)
-                ]
-                eps = self.options.eps
-                groups = [(None, 0.0) if p is None else (draws[p], s * eps) for p, s in points]
-                losses = self._losses(closure, batch, groups)
+                losses = self._losses(closure, batch, self._groups())
                 check_finite(losses, self.steps_taken)
-                loss, gradients = projected_gradients(self.options.estimator, losses.tolist(), eps)
+                loss, gradients = projected_gradients(
+                    self.options.estimator, losses.tolist(), self.options.eps
+                )
             self._apply(self.param_groups[0]["lr"], gradients)
         self._heap.check()  # batches of different lengths leave holes
         return torch.tensor(loss, dtype=torch.float32)
+
+    def _groups(self) -> list[Group]:
+        """The `(z, scale)` at which this step evaluates the objective."""
+        draws = [self.directions.draw(self.steps_taken, p) for p in range(self.options.probes)]
+        points = evaluation_points(self.options.estimator, self.options.probes)
+        return [(None, 0.0) if p is None else (draws[p], s * self.options.eps) for p, s in points]
 
     def _losses(self, closure: Callable[..., Tensor], batch: Any, groups: list) -> Tensor:
         """The objective at every `(z, scale)`, float64 `(len(groups),)`."""
@@ -196,7 +203,7 @@ class MeZO(Optimizer):
             return torch.stack(values).cpu()
         size = _batch_size(batch)
         # The weights are read once for all copies, yet no more rows are alive than in inference.
-        parts = min(size, len(groups))
+        parts = min(size, len(groups) * self.splits)
         total = torch.zeros(len(groups), dtype=torch.float64)
         for part in _split(batch, parts):
             expanded, rows = _repeat(part, len(groups))
@@ -211,6 +218,7 @@ class MeZO(Optimizer):
 
     def _apply(self, lr: float, gradients: Sequence[float]) -> None:
         """Log the step, then update the weights: a logged step can be replayed, so none is lost."""
+        self.clean = False
         lr = float(torch.tensor(lr, dtype=torch.float32))  # what the log stores is what is used
         if self.log is not None:
             self.log.append(lr, gradients)
@@ -230,6 +238,37 @@ class MeZO(Optimizer):
                     terms.append((self.directions.draw(self.steps_taken - age, p), c))
             update_(self.parameters, terms, decay=decay)
         self.steps_taken += 1
+
+    # In less memory.
+
+    @property
+    def n_parts(self) -> int:
+        points = evaluation_points(self.options.estimator, self.options.probes)
+        return 1 if self.options.exact else len(points) * self.splits
+
+    def settings(self, size: int) -> list[dict[str, Any]]:
+        """Fewer rows at a time; none for the published procedure."""
+        found = [{"splits": self.splits}]
+        parts = self.n_parts
+        while not self.options.exact and parts < size:
+            parts *= 2
+            found.append({"splits": 2 * found[-1]["splits"]})
+        return found
+
+    @torch.no_grad()
+    def probe(self, closure: Callable[..., Tensor], batch: Any) -> int:
+        """The forward passes of a step."""
+        with _eval_mode(self.model):
+            if not self.options.exact:
+                self._losses(closure, batch, self._groups())
+                return 0
+            closure(batch)
+        # z, its product with eps, and the sum that replaces the weight.
+        return 3 * max(p.numel() * p.element_size() for p in self.parameters)
+
+    def cost_key(self) -> Hashable:
+        """Directions of the update, of which momentum has more with every step."""
+        return min(len(self._recent) + 1, self._recent.maxlen or 1)
 
     # The published procedure. `p + scale * z * eps` and `p - lr * (pg * z + wd * p)`, in that order
     # of operations, z per parameter from one `torch.manual_seed` stream.
@@ -308,8 +347,9 @@ class MeZO(Optimizer):
 
     # Log, resume, state.
 
-    def open_log(self, path: Path, *, resume: bool) -> int:
-        """Log every further step to `path`; with `resume`, first replay what is there.
+    def open_log(self, path: Path, *, resume: bool, at_most: int | None = None) -> int:
+        """Log every further step to `path`; with `resume`, first replay what is there, or its
+        first `at_most` steps, and cut the rest off.
 
         Returns:
             the steps replayed.
@@ -336,6 +376,8 @@ class MeZO(Optimizer):
                 f"The seed log {path} was written by another run ({'; '.join(changed)}). Resume "
                 f"with the same model and options, or choose another output folder."
             )
+        if at_most is not None:
+            self.log.cut(at_most)
         for lr, gradients in self.log.records():
             if self.options.exact:
                 for scale in (1, -2, 1):  # the published passes leave rounding behind: repeat them
