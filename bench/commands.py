@@ -1,11 +1,16 @@
-"""What the benches share: one `tinyft train`, in a process of its own, that is never done twice."""
+"""What the benches share: commands in processes of their own, none of them done twice."""
 
 from __future__ import annotations
 
+import csv
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from tinyft.checkpoint import write_atomic
 
 
 def tinyft(*words: str, catch: bool = False) -> str:
@@ -21,3 +26,34 @@ def train(flags: Sequence[str], output: Path) -> None:
     if not (output / "report.json").exists():
         resume = ["--resume"] if (output / "run.json").exists() else []
         tinyft("train", *flags, f"--output={output}", *resume)
+
+
+def score(model: Path | str, path: Path, *flags: str) -> dict[str, Any]:
+    """What `tinyft eval --json` says of a model, kept in `path`."""
+    if not path.exists():
+        write_atomic(path, tinyft("eval", f"--model={model}", "--json", *flags, catch=True))
+    return json.loads(path.read_text())
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """Lines of a CSV, numbers as numbers; none where there is no file."""
+    return [
+        {name: _number(value) for name, value in line.items()}
+        for line in (csv.DictReader(path.open()) if path.exists() else [])
+    ]
+
+
+def _number(text: str) -> float | int | str:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def keep(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a CSV, a line a dictionary of the first's names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)

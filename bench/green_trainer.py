@@ -10,29 +10,29 @@ number of steps. Full, GreenTrainer, random and last have the learning rate that
 for full, LoRA its own.
 
 Every row is one `tinyft train` in a process of its own, scored by a `tinyft eval` on held-out rows.
-What is finished is kept, what was interrupted resumes; `results/green_trainer.csv`, the plot and
-the table are made from all there is. Models are deleted once they are scored. FLOPs and seconds are
-training's, evaluations of importance among them. `--share 0.1` runs a tenth of the steps.
+What `results/green_trainer.csv` holds is not run again (delete a line to have it anew), what was
+interrupted resumes; plot and table are made from all lines. Models are deleted once they are
+scored. FLOPs and seconds are training's, evaluations of importance among them. `--share 0.1` runs a
+tenth of the steps; give it `--results` and `--runs` of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from commands import tinyft, train
+from commands import keep, kept, score, train
 
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
 
 RESULTS = Path(__file__).parent / "results"
-SMOLLM2 = {"model": "smollm2-135m", "dtype": "bfloat16", "batch_size": 8, "steps": 100}
+SMOLLM2 = {"model": "smollm2-135m", "dtype": "float32", "batch_size": 8, "steps": 60}
 SMOLLM2 |= {"lr": 1e-4, "lora_lr": 5e-4}
 TASKS: dict[str, dict[str, Any]] = {
     "minilm-reviews": {
@@ -55,8 +55,13 @@ ROWS = (
 class Bench:
     """All rows of one task and seed."""
 
-    def __init__(self, task: str, seed: int, runs: Path, share: float) -> None:
+    def __init__(self, task: str, seed: int, runs: Path, share: float, results: Path) -> None:
         self.task, self.seed = task, seed
+        self.kept = {
+            line["row"]: line
+            for line in kept(results / "green_trainer.csv")
+            if (line["task"], line["seed"]) == (task, seed)
+        }
         self.plan = TASKS[task] | {
             "steps": max(2, round(share * TASKS[task]["steps"])),
             "warmup": round(5 * share),
@@ -68,12 +73,12 @@ class Bench:
         """Train and score, unless that was done."""
         output = self.path(row)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.scores(row).exists():
+        if row in self.kept or self.scores(row).exists():
             return
         if (config := self.config(row)) is None:
             return print(f"{row!r} waits for green_trainer_step.py, or for the rows it goes by.")
         train(as_flags(config), output)
-        self.score(str(output), self.scores(row))
+        self.score(output, self.scores(row))
         for weights in output.rglob("*.safetensors"):
             weights.unlink()
 
@@ -97,11 +102,8 @@ class Bench:
 
     def flops_share(self) -> float | None:
         """Of GreenTrainer's run over LoRA's."""
-        reports = [self.report(row) for row in (MIDDLE, "lora")]
-        if None in reports:
-            return None
-        green, lora = (report["measured"]["flops"] for report in reports)
-        return green / lora
+        green, lora = (self.line(row) for row in (MIDDLE, "lora"))
+        return green["flops"] / lora["flops"] if green and lora else None
 
     def time_share(self) -> float | None:
         """Of GreenTrainer's step over LoRA's, one selection in each half of the run added."""
@@ -111,14 +113,14 @@ class Bench:
         evaluations = 2 / self.plan["steps"] * times["full"]
         return (times["rho 0.5"] + evaluations) / times["lora"]
 
-    def score(self, model: str, path: Path) -> None:
+    def score(self, model: Path, path: Path) -> None:
         dev = self.folder.parent / "dev.jsonl"
         rows = (fetch(self.plan["data"]) / "dev.jsonl").read_text().splitlines(keepends=True)
         write_atomic(dev, "".join(rows[: self.plan["held_out"]]))
-        command = ["eval", f"--model={model}", f"--data={dev}", "--json", "--batch-size=16"]
-        command += ["--max-length=128", f"--dtype={self.plan['dtype']}"]
-        command += ["--generate", "--max-new-tokens=64"] if self.plan["data"] == "e2e" else []
-        write_atomic(path, tinyft(*command, catch=True))
+        flags = [f"--data={dev}", "--batch-size=16", "--max-length=128"]
+        flags += [f"--dtype={self.plan['dtype']}"]
+        flags += ["--generate", "--max-new-tokens=64"] if self.plan["data"] == "e2e" else []
+        score(model, path, *flags)
 
     def path(self, row: str) -> Path:
         return self.folder / row.replace(",", "").replace(" ", "-").lower()
@@ -126,16 +128,13 @@ class Bench:
     def scores(self, row: str) -> Path:
         return self.path(row).with_name(f"{self.path(row).name}.json")
 
-    def report(self, row: str) -> dict[str, Any] | None:
-        path = self.path(row) / "report.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
     def line(self, row: str) -> dict[str, Any] | None:
         """Of the CSV."""
-        if not self.scores(row).exists():
-            return None
-        found, got = json.loads(self.scores(row).read_text()), self.report(row)["measured"]
-        full = self.report("full")
+        if row in self.kept or not self.scores(row).exists():
+            return self.kept.get(row)
+        report = json.loads((self.path(row) / "report.json").read_text())
+        found, got = json.loads(self.scores(row).read_text()), report["measured"]
+        full = got if row == "full" else self.line("full")
         return {
             "task": self.task,
             "row": row,
@@ -146,7 +145,7 @@ class Bench:
             "loss": found["loss"],
             "steps": got["steps"],
             "flops": got["flops"],
-            "flops_share": round(got["flops"] / full["measured"]["flops"], 4) if full else "",
+            "flops_share": round(got["flops"] / full["flops"], 4) if full else "",
             "wall_s": round(got["wall_s"], 1),
             "peak_memory_mib": round(got["peak_memory_bytes"] / 2**20),
         }
@@ -154,10 +153,9 @@ class Bench:
 
 def step_times(model: str, dtype: str) -> dict[str, float]:
     """Of a step over full's, by row, as `green_trainer_step.py` measured them."""
-    path = RESULTS / "green_trainer_step.csv"
-    lines = list(csv.DictReader(path.open())) if path.exists() else []
+    lines = kept(RESULTS / "green_trainer_step.csv")
     ours = [line for line in lines if (line["model"], line["dtype"]) == (model, dtype)]
-    return {line["row"]: 1 - float(line["time_saved"]) for line in ours}
+    return {line["row"]: 1 - line["time_saved"] for line in ours}
 
 
 def quality(line: dict[str, Any]) -> float:
@@ -235,22 +233,19 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the steps (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    where = (arguments.runs, arguments.share, arguments.results)
     for task in arguments.tasks:
         for row in arguments.rows:
             for seed in range(TASKS[task]["seeds"])[: arguments.seeds]:
-                Bench(task, seed, arguments.runs, arguments.share).run(row)
+                Bench(task, seed, *where).run(row)
     found = [
-        Bench(task, seed, arguments.runs, arguments.share).line(row)
+        Bench(task, seed, *where).line(row)
         for task, plan in TASKS.items()
         for row in ROWS
         for seed in range(plan["seeds"])
     ]
     if lines := [line for line in found if line]:
-        arguments.results.mkdir(exist_ok=True)
-        with (arguments.results / "green_trainer.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
+        keep(lines, arguments.results / "green_trainer.csv")
         plot(lines, arguments.results / "green_trainer.png")
         print(table(lines))
 

@@ -1,43 +1,43 @@
 """What SparseLoRA's savings cost in quality: SmolLM2-135M, two tasks whose prompts hold examples.
 
-    python bench/sparse_lora_quality.py [--seeds 0 1] [--steps 60] [--runs runs/sparse-lora-quality]
+    python bench/sparse_lora_quality.py [--seeds 0 1] [--steps 40] [--runs runs/sparse-lora-quality]
 
 Film-review sentiment after four labelled reviews, and a restaurant's description after two others
-(the shots are training rows, also for held-out ones). Rows: dense LoRA; calibrated schedules at
-shares 0.65 and 0.5 of its FLOPs; the same sparsity in all MLPs at 0.65; calibrated at 0.5 with the
-output's tokens sparse, too. Every row is one `tinyft train` in a process of its own. Runs that are
-finished are kept and one that was interrupted resumes; table and `sparse_lora_quality.csv` are made
-from all reports there are. FLOPs and time are the whole run's: dense first steps and calibration
-included, scoring not.
+(the shots are training rows, also for held-out ones). Rows: the model as it came; dense LoRA;
+calibrated schedules at shares 0.65 and 0.5 of its FLOPs; the same sparsity in all MLPs at 0.65;
+calibrated at 0.5 with the output's tokens sparse, too. Every row is one `tinyft train` in a process
+of its own, scored by a `tinyft eval` on held-out rows. What `results/sparse_lora_quality.csv` holds
+is not run again (delete a line to have it anew), what was interrupted resumes. FLOPs and time are
+the whole run's: dense first steps and calibration included, scoring not.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import statistics
 from pathlib import Path
 from typing import Any
 
-from commands import train
+from commands import keep, kept, score, train
 
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "sparse_lora_quality.csv"
 HELD_OUT = 200  # rows
 TASKS = {"film-reviews": 4, "e2e": 2}  # shots
 COMMON = {
     "model": "smollm2-135m",
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "batch_size": 8,
     "lr": 3e-4,
     "warmup": 4,
     "max_length": 384,
 }
+NONE = "no training"
 SPARSE = {"method": "sparse_lora"}
 ROWS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora"},
@@ -53,41 +53,48 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse-lora-quality"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
+    lines = {(line["task"], line["row"], line["seed"]): line for line in kept(arguments.results)}
     for seed in arguments.seeds:  # all rows of one seed before the next seed begins
         for task in arguments.tasks:
-            data = data_of(task, arguments)
+            data, held_out = data_of(task, arguments)
+            if (task, NONE, "") not in lines:
+                path = arguments.runs / f"{task}.json"
+                found = score(COMMON["model"], path, *shape(held_out))
+                lines[task, NONE, ""] = line(task, NONE, "", found, {})
             for row in arguments.rows:
-                config = {**COMMON, **data, **ROWS[row], "seed": seed, "steps": arguments.steps}
-                train(as_flags(config), arguments.runs / f"{task}-{slug(row)}-{seed}")
-    lines = [
-        record(task, row, seed, json.loads(report.read_text()))
-        for task in TASKS
-        for row in ROWS
-        for seed in range(9)
-        if (report := arguments.runs / f"{task}-{slug(row)}-{seed}" / "report.json").exists()
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "sparse_lora_quality.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-    print(table(lines))
+                if (task, row, seed) in lines:
+                    continue
+                config = {**COMMON, "data": str(data), **ROWS[row]}
+                config |= {"seed": seed, "steps": arguments.steps}
+                output = arguments.runs / f"{task}-{slug(row)}-{seed}"
+                train(as_flags(config), output)
+                found = score(output, output.with_suffix(".json"), *shape(held_out))
+                measured = json.loads((output / "report.json").read_text())["measured"]
+                lines[task, row, seed] = line(task, row, seed, found, measured)
+                keep(list(lines.values()), arguments.results)
+    print(table(list(lines.values())))
 
 
 def slug(row: str) -> str:
     return row.replace(",", "").replace(" ", "-")
 
 
-def data_of(task: str, arguments: argparse.Namespace) -> dict[str, str]:
-    """Rows whose prompts begin with some training rows and their answers."""
-    source, found = fetch(task), {}
+def shape(held_out: Path) -> list[str]:
+    names = ("dtype", "max_length")
+    return [f"--data={held_out}", "--batch-size=8", *as_flags({n: COMMON[n] for n in names})]
+
+
+def data_of(task: str, arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Training and held-out rows whose prompts begin with some training rows and their answers."""
+    source, paths = fetch(task), []
     train = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
-    for name, split in (("data", "train"), ("eval_data", "dev")):
+    for split in ("train", "dev"):
         rows = [json.loads(line) for line in (source / f"{split}.jsonl").read_text().splitlines()]
         rng = random.Random(0)
         text = ""
@@ -95,30 +102,27 @@ def data_of(task: str, arguments: argparse.Namespace) -> dict[str, str]:
             shots = [shot for shot in rng.sample(train, TASKS[task] + 1) if shot != row]
             before = "".join(f"{s['prompt']}{answer(s)}\n\n" for s in shots[: TASKS[task]])
             text += json.dumps({**row, "prompt": before + row["prompt"]}) + "\n"
-        path = arguments.runs / f"{task}-{split}.jsonl"
-        write_atomic(path, text)
-        found[name] = str(path)
-    return found
+        paths.append(arguments.runs / f"{task}-{split}.jsonl")
+        write_atomic(paths[-1], text)
+    return paths[0], paths[1]
 
 
 def answer(row: dict) -> str:
     return row["choices"][row["answer"]] if "choices" in row else row["completion"]
 
 
-def record(task: str, row: str, seed: int, report: dict) -> dict:
-    """A line of the CSV."""
-    got, after = report["measured"], report["eval"]["after"]
+def line(task: str, row: str, seed: int | str, found: dict, measured: dict) -> dict:
+    """Of the CSV: held-out scores, and what training took."""
     return {
         "task": task,
         "row": row,
         "seed": seed,
-        "loss_before": report["eval"]["before"]["loss"],
-        "loss": after["loss"],
-        "accuracy": after.get("accuracy", ""),
-        "steps": got["steps"],
-        "wall_s": round(got["wall_s"], 1),
-        "flops": got["flops"],
-        "peak_memory_mib": round(got["peak_memory_bytes"] / 2**20),
+        "loss": found["loss"],
+        "accuracy": found.get("accuracy", ""),
+        "steps": measured.get("steps", ""),
+        "wall_s": round(measured["wall_s"], 1) if measured else "",
+        "flops": measured.get("flops", ""),
+        "peak_memory_mib": round(measured["peak_memory_bytes"] / 2**20) if measured else "",
     }
 
 
@@ -134,6 +138,7 @@ def table(lines: list[dict]) -> str:
             found = [line for line in ours if line["row"] == row]
             dense = {line["seed"]: line for line in ours if line["row"] == "LoRA"}
             pairs = [(line, dense[line["seed"]]) for line in found if line["seed"] in dense]
+            peak = max(line["peak_memory_mib"] or 0 for line in found)
 
             def share(name: str, pairs: list = pairs) -> str:
                 if not pairs:
@@ -144,7 +149,7 @@ def table(lines: list[dict]) -> str:
             out.append(
                 f"| {task} | {row} | {spread([line['loss'] for line in found])} "
                 f"| {spread(accuracy) if accuracy else ''} | {share('flops')} | {share('wall_s')} "
-                f"| {max(line['peak_memory_mib'] for line in found):,} MiB | {len(found)} |"
+                f"| {f'{peak:,} MiB' if peak else ''} | {len(found)} |"
             )
     return "\n".join(out)
 
