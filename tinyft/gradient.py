@@ -18,6 +18,7 @@ from tinyft.activations import MODES, keeping
 from tinyft.errors import InputError
 from tinyft.heap import HeapWatch
 from tinyft.importance import sweep, undisturbed
+from tinyft.kernels import widened
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite
 from tinyft.updates import update_rule
@@ -67,6 +68,7 @@ class GradientOptimizer(Optimizer):
         self.checkpointing = checkpointing
         self.steps = 0
         reuse_heap()
+        widened.install_for(model)
         self._heap = HeapWatch()
 
     @staticmethod

@@ -165,6 +165,7 @@ def _measure() -> Machine:
 
     from tinyft.data import Batch
     from tinyft.dry_run import DryRun
+    from tinyft.kernels import widened
     from tinyft.losses import objective
     from tinyft.memory import resident_bytes, trim
     from tinyft.optim.lora import LoRA
@@ -207,6 +208,7 @@ def _measure() -> Machine:
     trim()
     packing_bytes = resident_bytes() - before_packing
 
+    widened.install()  # as a run does
     rates = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, w = torch.ones(512, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)

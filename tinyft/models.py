@@ -25,6 +25,7 @@ from torch import nn
 from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
 from tinyft.errors import InputError
+from tinyft.kernels import widened
 from tinyft.memory import bound_compiled_products
 from tinyft.packing import pack
 from tinyft.references import Source, explained, locate, quiet
@@ -122,6 +123,7 @@ def load(
         if base_bits < 16:
             pack(model, base_bits, DTYPES[dtype], device)
         model.to(device)
+    widened.install_for(model)
     _check_vocabulary(model, tokenizer, source)
     _fault_in(model)
     return Loaded(
@@ -232,6 +234,7 @@ def _load_packed(source: Source, dtype: str, device: str, seed: int) -> Loaded:
         )
     tokenizer = load_tokenizer(source)
     model.to(device)
+    widened.install_for(model)
     return Loaded(
         model, tokenizer, source.ref, "causal", source.path, source.own_ref, stored, 4, None, seed
     )

@@ -32,6 +32,7 @@ from tinyft import adapters, prefix
 from tinyft.activations import blocks_of
 from tinyft.errors import InputError
 from tinyft.heap import HeapWatch
+from tinyft.kernels import widened
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
 from tinyft.zeroth.directions import FAMILIES, make_directions
@@ -151,6 +152,7 @@ class MeZO(Optimizer):
         self.parameters = [p for _, p in named]
         super().__init__(self.parameters, {"lr": lr, "weight_decay": weight_decay})
         reuse_heap()
+        widened.install_for(model)
         self.model, self.seed, self.steps_taken = model, seed, 0
         self.log: SeedLog | None = None
         first = self.parameters[0]

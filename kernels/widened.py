@@ -1,0 +1,208 @@
+"""Products of 16-bit numbers on a CPU that has none: widened to float32, a block at a time.
+
+Without instructions for bfloat16 (AVX-512 BF16 or AMX, so most laptops and every AVX2 server) torch
+multiplies bfloat16 by loops that reach 1 to 8 GFLOP/s a core where float32 reaches 50. Here both
+operands are widened in blocks, multiplied in float32 and rounded once: as fast as float32, no less
+exact, and the weights stay at two bytes. `install` puts this into torch's own operators, so that
+every product of the process takes it: a model's, an adapter's, those of a backward pass.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyft.kernels.dispatch import ran
+
+# Rows of the left operand and columns of the right one and of what they share, at a time: 8 MB of
+# float32 in all. An element that is widened serves for a thousand operations.
+ROWS, COLUMNS, SHARED = 512, 1024, 1024
+# So few rows times a weight as a layer holds it are bound by reading the weight, and torch's loops
+# read two bytes an element.
+FEW_ROWS = 2
+BATCH_ELEMENTS = 1 << 20  # of a batched product's largest operand, at a time
+
+Dtypes = tuple[torch.dtype, ...]
+_HALVES = (torch.bfloat16, torch.float16)
+_library: torch.library.Library | None = None
+
+
+def missing() -> Dtypes:
+    """The 16-bit dtypes of whose products oneDNN has none for this CPU; measured on x86-64 alone,
+    and empty elsewhere."""
+    mkldnn = torch.ops.mkldnn
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return ()
+    has = {
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    }
+    return tuple(dtype for dtype, is_supported in has.items() if not is_supported())
+
+
+def install(dtypes: Dtypes | None = None) -> bool:
+    """From now on, products of these dtypes on the CPU are widened; returns whether any are.
+
+    Replaces torch's CPU kernels of `mm`, `addmm`, `bmm`, `baddbmm` and of attention's backward
+    pass, which are handed all other dtypes. Done once a process; needs torch 2.9, and does nothing
+    before it.
+
+    Args:
+        dtypes: default: those `missing` on this CPU.
+    """
+    global _library
+    dtypes = missing() if dtypes is None else dtypes
+    if _library is None and dtypes and hasattr(torch.library, "get_kernel"):
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():  # that kernels are replaced is the purpose
+            warnings.simplefilter("ignore")
+            for name, make in _OPERATORS.items():
+                kernel = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
+                library.impl(name, make(name, kernel, dtypes), "CPU", with_keyset=True)
+        _library = library
+        names = " and ".join(str(dtype)[6:] for dtype in dtypes)
+        ran["products"] = f"float32, a block at a time (this CPU has none of {names})"
+    return _library is not None
+
+
+def install_for(model: nn.Module) -> None:
+    """`install`, if the model has parameters of 16 bits on the CPU."""
+    if any(p.device.type == "cpu" and p.dtype in _HALVES for p in model.parameters()):
+        install()
+
+
+def remove() -> None:
+    """The inverse of `install`."""
+    global _library
+    if _library is not None:
+        _library._destroy()
+        _library = None
+        del ran["products"]
+
+
+def product(
+    a: Tensor, b: Tensor, out: Tensor, into: Tensor | None = None, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """`out = alpha a b + beta into`, rounded once.
+
+    Args:
+        a: (m, k), 16 bits, of any strides.
+        b: (k, n), likewise.
+        out: (m, n), written; it may be `into`.
+        into: broadcasts to (m, n).
+    """
+    into = into.expand_as(out) if into is not None and beta else None
+    for rows in _blocks(len(a), ROWS):
+        for columns in _blocks(b.shape[1], COLUMNS):
+            y = None
+            for shared in _blocks(len(b), SHARED):
+                left, right = a[rows, shared].float(), b[shared, columns].float()
+                y = left @ right if y is None else y.addmm_(left, right)
+            if y is None:  # nothing to sum over
+                y = torch.zeros(out[rows, columns].shape)
+            if alpha != 1:
+                y.mul_(alpha)
+            if into is not None:
+                y.add_(into[rows, columns], alpha=beta)
+            out[rows, columns] = y
+    return out
+
+
+def _blocks(size: int, largest: int) -> Iterator[slice]:
+    """Slices of about one size that cover `range(size)`."""
+    length = ceil(size / max(1, ceil(size / largest)))
+    return (slice(start, start + length) for start in range(0, size, max(1, length)))
+
+
+def batched(
+    a: Tensor, b: Tensor, out: Tensor, into: Tensor | None = None, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """`product` of each pair of matrices in a batch (the first dimension)."""
+    into = into.expand_as(out) if into is not None and beta else None
+    largest = max(t[:1].numel() for t in (a, b, out))
+    for batch in _blocks(len(a), max(1, BATCH_ELEMENTS // max(1, largest))):
+        y = torch.bmm(a[batch].float(), b[batch].float())
+        if alpha != 1:
+            y.mul_(alpha)
+        if into is not None:
+            y.add_(into[batch], alpha=beta)
+        out[batch] = y
+    return out
+
+
+# What takes the place of torch's kernels: each gets the one it replaces, and hands it what it does
+# not take, wrong arguments among them.
+
+
+def _products(name: str, kernel: Callable[..., Any], dtypes: Dtypes) -> Callable[..., Tensor]:
+    """For `mm(a, b)`, `addmm(into, a, b)` and `bmm` and `baddbmm`, with `out` and in place."""
+    dims, in_place = (3 if "bmm" in name else 2), name.endswith("_")
+    multiply = batched if dims == 3 else product
+
+    def run(keys: Any, *args: Any, out: Tensor | None = None, **scales: Any) -> Tensor:
+        more = {} if out is None else {"out": out}
+        if args[-1].dtype not in dtypes:
+            return kernel(keys, *args, **scales, **more)
+        into, a, b = args if len(args) == 3 else (None, *args)
+        shape = (*a.shape[:-1], b.shape[-1])
+        fits = a.dim() == b.dim() == dims and a.shape[:-2] == b.shape[:-2]
+        fits = fits and a.shape[-1] == b.shape[-2] and not (in_place and into.shape != shape)
+        few = dims == 2 and len(a) <= FEW_ROWS and b.stride(0) == 1
+        if not fits or few or not _is_one_of(dtypes, into, a, b, out):
+            return kernel(keys, *args, **scales, **more)
+        if in_place:
+            out = into
+        elif out is None:
+            out = a.new_empty(shape)
+        elif out.shape != shape:
+            out.resize_(shape)
+        return multiply(a, b, out, into, **scales)
+
+    return run
+
+
+def _attention_backward(
+    name: str, kernel: Callable[..., Any], dtypes: Dtypes
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A few examples at a time, each tensor widened."""
+
+    def run(
+        keys: Any, grad: Tensor, *tensors: Tensor, attn_mask: Tensor | None = None, **more: Any
+    ) -> tuple[Tensor, ...]:
+        *qkvo, logsumexp, dropout, is_causal = tensors
+        if not _is_one_of(dtypes, grad, *qkvo):
+            return kernel(keys, grad, *tensors, attn_mask=attn_mask, **more)
+        grads = tuple(torch.empty_like(t) for t in qkvo[:3])
+        largest = max(t[:1].numel() for t in qkvo)
+        for batch in _blocks(len(grad), max(1, BATCH_ELEMENTS // max(1, largest))):
+            mask = attn_mask
+            if mask is not None:
+                mask = mask[batch] if mask.dim() == 4 and len(mask) > 1 else mask
+                mask = mask.float() if mask.dtype in dtypes else mask
+            wide = [t[batch].float() for t in (grad, *qkvo)]
+            rest = (logsumexp[batch], dropout, is_causal)
+            found = kernel(keys, *wide, *rest, attn_mask=mask, **more)
+            for made, part in zip(grads, found, strict=True):
+                made[batch] = part
+        return grads
+
+    return run
+
+
+def _is_one_of(dtypes: Dtypes, *tensors: Tensor | None) -> bool:
+    """Whether all are of one of the dtypes, and the same."""
+    found = {t.dtype for t in tensors if t is not None}
+    return len(found) == 1 and found <= set(dtypes)
+
+
+_OPERATORS = {
+    **{name: _products for name in ("mm", "mm.out", "addmm", "addmm.out", "addmm_")},
+    **{name: _products for name in ("bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_")},
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

@@ -1,0 +1,162 @@
+"""Products of 16-bit numbers in float32 blocks, against float64, autograd and torch's own kernels."""
+
+import pytest
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from tinyft.cost import FlopCounter
+from tinyft.heap import Roomy
+from tinyft.kernels import dispatch, widened
+
+HALVES = [torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.library, "get_kernel"), reason="torch before 2.9 has no get_kernel"
+)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Installed for both dtypes, with blocks that tests' matrices exceed."""
+    for name, size in (("ROWS", 5), ("COLUMNS", 7), ("SHARED", 11), ("BATCH_ELEMENTS", 64)):
+        monkeypatch.setattr(widened, name, size)
+    widened.remove()
+    assert widened.install(tuple(HALVES))
+    yield
+    widened.remove()
+
+
+def random(*shape, dtype=torch.float32, transposed=False):
+    x = torch.randn(*shape[:-2], *reversed(shape[-2:])).mT if transposed else torch.randn(*shape)
+    return x.to(dtype)
+
+
+def check(got, exact, dtype):
+    """Rounded once, beside float32's own error."""
+    assert got.dtype == dtype
+    bound = torch.finfo(dtype).eps * exact.abs() + 1e-5 * exact.abs().max()
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("m, k, n", [(3, 4, 5), (13, 31, 17), (1, 12, 9), (5, 7, 1), (4, 0, 3)])
+def test_products_are_rounded_once(m, k, n, transposed, dtype):
+    a = random(m, k, dtype=dtype, transposed=transposed[0])
+    b = random(k, n, dtype=dtype, transposed=transposed[1])
+    into, bias = random(m, n, dtype=dtype), random(n, dtype=dtype)
+    exact = a.double() @ b.double()
+    check(a @ b, exact, dtype)
+    check(torch.addmm(bias, a, b), exact + bias.double(), dtype)
+    wanted = 0.5 * into.double() - 2 * exact
+    check(torch.addmm(into, a, b, beta=0.5, alpha=-2), wanted, dtype)
+    out = torch.empty(0, dtype=dtype)
+    assert torch.mm(a, b, out=out) is out
+    check(out, exact, dtype)
+    check(torch.addmm(into, a, b, beta=0.5, alpha=-2, out=out), wanted, dtype)
+    check(into.clone().addmm_(a, b, beta=0.5, alpha=-2), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("batch", [1, 6])
+def test_batches_of_products(batch, dtype):
+    a, b = random(batch, 5, 6, dtype=dtype), random(batch, 6, 7, dtype=dtype, transposed=True)
+    into = random(batch, 5, 7, dtype=dtype)
+    exact = a.double() @ b.double()
+    check(torch.bmm(a, b), exact, dtype)
+    check(torch.bmm(a, b, out=torch.empty(0, dtype=dtype)), exact, dtype)
+    wanted = into.double() * 3 + exact
+    check(torch.baddbmm(into, a, b, beta=3), wanted, dtype)
+    check(into.clone().baddbmm_(a, b, beta=3), wanted, dtype)
+
+
+def test_infinite_and_nan_come_through():
+    a = torch.tensor([[float("inf"), 1.0], [float("nan"), 1.0], [1.0, 1.0]], dtype=torch.bfloat16)
+    got = a @ torch.ones(2, 4, dtype=torch.bfloat16)
+    assert got[0].isinf().all() and got[1].isnan().all() and (got[2] == 2).all()
+    # beta 0 ignores what is there, as torch's own does
+    into = torch.full((3, 4), float("nan"), dtype=torch.bfloat16)
+    assert (torch.addmm(into, a, torch.ones(2, 4, dtype=a.dtype), beta=0)[2] == 2).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_linear_layer_learns_as_in_float64(dtype):
+    x, w, bias = random(2, 9, 12), random(8, 12), random(8)
+    x, w, bias = (t.to(dtype).requires_grad_() for t in (x, w, bias))
+    exact = [t.detach().double().requires_grad_() for t in (x, w, bias)]
+    grad = random(2, 9, 8, dtype=dtype)
+    got = torch.autograd.grad(linear(x, w, bias), (x, w, bias), grad)
+    wanted = torch.autograd.grad(linear(*exact), exact, grad.double())
+    for a, b in zip(got[:2], wanted[:2], strict=True):
+        check(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "same for all"])
+def test_backward_of_attention(mask, dtype):
+    q, k, v = (random(3, 2, 9, 8, dtype=dtype).requires_grad_() for _ in range(3))
+    more = {"is_causal": mask == "causal"}
+    if mask in ("padding", "same for all"):
+        keep = torch.ones(3 if mask == "padding" else 1, 1, 9, 9, dtype=torch.bool).tril()
+        keep[0, ..., 4] = False
+        keep[..., 0] = True
+        more["attn_mask"] = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, -1e4)
+    grad = random(3, 2, 9, 8, dtype=dtype)
+    got = torch.autograd.grad(scaled_dot_product_attention(q, k, v, **more), (q, k, v), grad)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    if "attn_mask" in more:
+        more["attn_mask"] = more["attn_mask"].double()
+    wanted = torch.autograd.grad(scaled_dot_product_attention(*exact, **more), exact, grad.double())
+    widened.remove()
+    native = torch.autograd.grad(
+        scaled_dot_product_attention(q, k, v, **{**more, **_in(more, dtype)}), (q, k, v), grad
+    )
+    for mine, torchs, right in zip(got, native, wanted, strict=True):
+        assert mine.dtype == dtype
+        worst = (torchs.double() - right).abs().max()
+        assert (mine.double() - right).abs().max() <= 1.5 * worst + 1e-6
+
+
+def _in(more, dtype):
+    return {"attn_mask": more["attn_mask"].to(dtype)} if "attn_mask" in more else {}
+
+
+def test_other_dtypes_are_torchs():
+    a, b, into = random(20, 30), random(30, 40), random(20, 40)
+    got = (a @ b, torch.addmm(into, a, b), torch.bmm(a[None], b[None]))
+    widened.remove()
+    wanted = (a @ b, torch.addmm(into, a, b), torch.bmm(a[None], b[None]))
+    assert all(map(torch.equal, got, wanted))
+    assert "products" not in dispatch.ran
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wrong_arguments_get_torchs_error(dtype):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        random(3, 4, dtype=dtype) @ random(5, 6, dtype=dtype)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.mm(random(3, 4, dtype=dtype), random(4, 6))
+    with pytest.raises(RuntimeError):
+        random(2, 2, dtype=dtype).addmm_(random(3, 4, dtype=dtype), random(4, 6, dtype=dtype))
+
+
+def test_counters_and_the_heap_see_one_product():
+    x, w = random(300, 200, dtype=torch.bfloat16), random(400, 200, dtype=torch.bfloat16)
+    with FlopCounter() as counter, Roomy():
+        y = linear(x, w)
+    check(y, x.double() @ w.double().t(), torch.bfloat16)
+    assert counter.flops == 2 * 300 * 200 * 400
+
+
+def test_says_so_and_is_done_once():
+    assert "bfloat16 and float16" in dispatch.ran["products"]
+    before = widened._library
+    assert widened.install() and widened._library is before
+
+
+def test_only_models_of_16_bits_ask_for_it(monkeypatch):
+    widened.remove()
+    monkeypatch.setattr(widened, "missing", lambda: tuple(HALVES))
+    widened.install_for(torch.nn.Linear(2, 2))
+    assert widened._library is None
+    widened.install_for(torch.nn.Linear(2, 2).bfloat16())
+    assert widened._library is not None
