@@ -425,9 +425,10 @@ def main() -> None:
         lr = np.float32(learning_rate(step, arguments.steps, job.job))
         found = job.step(batches.batch(step), lr)
         job.log(lr, found)
+        # Said before it is saved: what a kill lets through is said twice and never left out.
+        print(f"step {job.steps}  loss {found['loss']:.6f}", flush=True)
         if job.steps % arguments.save_every == 0 or job.steps == arguments.steps:
             job.save()
-        print(f"step {job.steps}  loss {found['loss']:.6f}", flush=True)
     write_tensors(folder / "trained.safetensors", job.trained())
     print(f"trained {job.steps} steps: {folder / 'trained.safetensors'}")
 
