@@ -126,6 +126,10 @@ def batched(
     """`product` of each pair of matrices in a batch (the first dimension)."""
     into = into.expand_as(out) if into is not None and beta else None
     largest = max(t[:1].numel() for t in (a, b, out))
+    if largest > BATCH_ELEMENTS:
+        for i in range(len(out)):
+            product(a[i], b[i], out[i], None if into is None else into[i], beta, alpha)
+        return out
     for batch in _blocks(len(a), max(1, BATCH_ELEMENTS // max(1, largest))):
         y = torch.bmm(a[batch].float(), b[batch].float())
         if alpha != 1:

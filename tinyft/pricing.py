@@ -1,9 +1,9 @@
 """What a run takes: its own step and its own evaluation, traced without arithmetic or weights.
 
-`trace(config, job)` builds the model from its configuration, attaches the method as the training
-loop does, takes a step on the longest batch of the data and scores the longest held-out rows, all
-inside `DryRun`; where layers are alike, with few of them, from which the whole follows
-(`depth.py`). So any method that trains is priced by registering, and any architecture that
+`trace(config, job)` builds the model from its configuration, attaches and prepares the method as
+the training loop does, takes a step on the longest batch of the data and scores the longest
+held-out rows, all inside `DryRun`; where layers are alike, with few of them, from which the whole
+follows (`depth.py`). So any method that trains is priced by registering, and any architecture that
 transformers builds from a configuration, whether its weights are at hand or not.
 """
 
@@ -203,7 +203,7 @@ class _Look:
     """What was seen of a model, or is to be expected of one.
 
     Attributes:
-        peaks: of the passes of its steps (`DryRun.peaks`).
+        peaks: of attaching and preparing the method, and of its steps' passes (`DryRun.peaks`).
         eval_peaks: of those of an evaluation.
         steps: their work, of the first and, where that is another, of one after it.
         period: steps after which such a first one comes again.
@@ -268,17 +268,19 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
             pack(model, config.base_bits, DTYPES[config.dtype])
         if job.outline.kind == "causal":
             assume_head(model)
+        run.label([*model.parameters(), *model.buffers()], "weights")
+        run.reset()
         optimizer = method.attach(model, config)
         optimizer.assume()
         model.train(method.uses_gradients)
         optimizer.prepare(lambda part: loss(model, part), [batch])
+        peaks, steps = run.peaks(), []
         run.label([*model.parameters(), *model.buffers()], "weights")
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(
                     lambda p: run.label([p.grad], "gradients")
                 )
-        peaks, steps = [], []
         for _ in range(min(optimizer.period, 2)):  # where there are more, the first is another
             run.reset()
             optimizer.step(lambda part: loss(model, part), batch)
