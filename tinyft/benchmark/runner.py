@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _WAIT_S = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """What was asked for; the defaults are `tinyft.benchmark.command.bench`'s.
 
     Attributes:
         model: as for a run.
@@ -49,13 +49,13 @@ class Settings:
     sources: Mapping[str, str]
     limits: Sequence[Limits]
     methods: Sequence[Method]
-    seeds: int = 1
-    common: Mapping[str, Any] = field(default_factory=dict)
-    factors: Sequence[float] = (1.0, 4.0, 16.0)
-    share: float = 0.3
-    eval_rows: int = 500
-    watts_per_core: float = rows.WATTS_PER_CORE
-    grams_per_kwh: float = rows.GRAMS_PER_KWH
+    seeds: int
+    common: Mapping[str, Any]
+    factors: Sequence[float]
+    share: float
+    eval_rows: int
+    watts_per_core: float
+    grams_per_kwh: float
 
     @property
     def fixed(self) -> dict[str, Any]:
