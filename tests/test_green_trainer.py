@@ -461,6 +461,38 @@ def test_a_run_leaves_a_picture_and_counts_each_kind_of_step(tiny_model_dir, tmp
     assert not (tmp_path / "out" / "selection.png").exists()
 
 
+def test_a_run_of_uneven_batches_keeps_to_its_objective(tiny_model_dir, tmp_path):
+    """The first batch is the longest; evaluations by it would take more than their share."""
+    rows = [
+        {"prompt": f"The film was great {'great ' * (60 if i < 8 else 5)}. It was", "completion": w}
+        for i, w in enumerate([" great", " bad"] * 40)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        **{"model": str(tiny_model_dir("llama")), "data": str(tmp_path / "train.jsonl")},
+        **{"steps": 14, "batch_size": 8, "device": "cpu"},
+    }
+    flops = {}
+    for name, more in {
+        "full": {"method": "full"},
+        "green": {"method": "green_trainer", "rho": 0.7, "reselect": 10},
+    }.items():
+        report = run(tinyft.TrainConfig.build(values | more)).report
+        flops[name] = report["measured"]["flops"]
+    assert 0.6 < flops["green"] / flops["full"] < 0.705
+
+
+@pytest.mark.parametrize("steps, selections", [(3, [0]), (5, [0]), (6, [0, 4]), (9, [0, 4])])
+def test_a_selection_that_would_serve_few_steps_is_left_out(steps, selections):
+    model = tiny_model("llama")
+    optimizer = tinyft.GreenTrainer(model, rho=0.9, reselect=4)
+    optimizer.total = steps
+    for _ in range(steps):
+        optimizer.step(lambda part: objective("lm")(model, part), batch_of(0))
+    assert [found.step for found in optimizer.history] == selections
+    assert optimizer.period == -(-steps // len(selections))
+
+
 def test_adapters_come_by_attaching(tiny_model_dir, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     values = {

@@ -317,7 +317,8 @@ def test_the_planner_prices_the_real_step(configured, tmp_path, monkeypatch, met
     config = configured(method, dtype="float32", **fields)
     model = outline(config.model)
     encoded = encode(read_examples(config.data), model.tokenizer, max_length=512)
-    found = pricing.trace(config, pricing.Job(model, encoded, encoded))
+    job = pricing.Job(model, encoded, encoded)
+    found = pricing.trace(config, job)
     parameters = sum(p.numel() for p in model.build("float32").parameters())
     embedding = model.config.vocab_size * model.config.hidden_size
     assert found.step.flops > 2 * 4 * parameters
@@ -326,8 +327,11 @@ def test_the_planner_prices_the_real_step(configured, tmp_path, monkeypatch, met
         assert found.bytes_by_kind["optimizer"] >= 8 * parameters
         assert found.peak_bytes > 4 * (4 * parameters - 2 * embedding)
     else:
-        assert found.peak_bytes < 4 * 2 * parameters
-        assert embedding * 4 < found.bytes_by_kind["weights"] < 4 * parameters
+        # Whole until they are packed, which such a small model's steps do not exceed.
+        assert 4 * parameters <= found.peak_bytes < 4 * 2 * parameters
+        preparation, *steps = pricing._look(config, job, model.config).peaks
+        assert preparation["weights"] >= 4 * parameters
+        assert all(4 * embedding < kinds["weights"] < 4 * parameters for kinds in steps)
 
 
 def test_a_step_without_a_closure_before_calibration_is_refused():

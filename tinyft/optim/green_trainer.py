@@ -12,6 +12,8 @@ What differs from the published procedure:
   (`tinyft.selection`), its cost never above the objective; there may be a limit on bytes as well;
 * importance evaluations count against the objective, spread over the steps up to the next one, and
   importances are averaged over evaluations (the newest weighs `1 - smoothing`);
+* a run's first batch is its longest, and is rated by no more of its examples than have the tokens
+  of a usual batch; a selection that would serve less than half of its steps is left out;
 * evaluations (`tinyft.importance`) leave everything as it was, to the bit, and run without dropout.
   The default is of first order: it copies no weights, uses each gradient as it is made, and takes
   the batch in parts so small that their activations need no more room than training's;
@@ -26,11 +28,14 @@ evaluations than its objective allows for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -50,6 +55,7 @@ from tinyft.selection import Selection, saved_flops, select
 
 CHOICES = ("importance", "random", "last")
 IMPORTANCES = ("first-order", "published")
+_LOOKED_AT = 32  # batches, to know a usual one
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
@@ -175,7 +181,14 @@ class GreenTrainer(GradientOptimizer):
         self.candidates: list[nn.Parameter] = [parameter for _, parameter in named]
         self.history: list[Selection] = []
         self.fixed = False  # see `select`
+        self.total: int | None = None  # steps of the run, if it is known
+        self._usual_tokens: float | None = None  # of a batch
         self.cost: BackwardCost | None = None  # its bytes are a whole step's
+
+    def prepare(self, closure: Callable[..., Tensor], batches: Iterable[Any]) -> None:
+        """See how many tokens a usual batch has; the first one, the longest, is not."""
+        tokens = [batch.input_ids.numel() for batch in islice(batches, 1 + _LOOKED_AT)]
+        self._usual_tokens = mean(tokens[1:] or tokens)
 
     def step(  # type: ignore[override]
         self, closure: Callable[..., Tensor] | None = None, batch: Any = None
@@ -214,7 +227,18 @@ class GreenTrainer(GradientOptimizer):
         return self.history[-1].mask
 
     def _is_due(self) -> bool:
-        return not self.fixed and self.steps % self.options.reselect == 0
+        is_time = not self.fixed and self.steps % self.options.reselect == 0
+        return is_time and (self.steps == 0 or 2 * self._left >= self.options.reselect)
+
+    @property
+    def _left(self) -> float:
+        return math.inf if self.total is None else self.total - self.steps
+
+    @property
+    def _served(self) -> float:
+        """Steps that carry the evaluation of a selection made now."""
+        reselect = self.options.reselect
+        return self._left if reselect < self._left < 1.5 * reselect else reselect
 
     @contextmanager
     def _only(self, mask: Mask) -> Iterator[None]:
@@ -238,7 +262,7 @@ class GreenTrainer(GradientOptimizer):
         if self.options.choose == "importance":
             is_published = self.options.importance == "published"
             overhead += 2 / self.grad_accumulation if is_published else 1.0
-            importance = self._important(closure, batch, overhead)
+            importance = self._important(closure, self._usual_part(batch), overhead)
             mask = self._best(importance, overhead)
         else:
             importance = self._ranked()
@@ -248,6 +272,14 @@ class GreenTrainer(GradientOptimizer):
                 self.state.pop(parameter, None)
         share = self.cost.step_flops(mask) / self.cost.step_flops()
         self.history.append(Selection(self.steps, importance, mask, share, overhead))
+
+    def _usual_part(self, batch: Any) -> Any:
+        """As many of its examples as have no more tokens than a usual batch."""
+        if self._usual_tokens is None:
+            return batch
+        # A tenth more is no matter, and half a batch says less than a whole one.
+        parts = batch.input_ids.numel() / self._usual_tokens / 1.1
+        return split(batch, min(math.ceil(parts), size_of(batch)))[0]
 
     def _important(self, closure: Callable[..., Tensor], batch: Any, overhead: float) -> Floats:
         """(N,) importances by this batch and those before, the largest 1."""
@@ -289,7 +321,7 @@ class GreenTrainer(GradientOptimizer):
 
     def _limit(self, overhead: float) -> int:
         """FLOPs of a step, so that with evaluations the objective holds."""
-        share = self.options.rho - overhead / self.options.reselect
+        share = self.options.rho - overhead / self._served
         return int(share * self.cost.step_flops())
 
     def _best(self, importance: Floats, overhead: float) -> Mask:
@@ -323,7 +355,7 @@ class GreenTrainer(GradientOptimizer):
         if mask.any():
             return mask
         cost, options = self.cost, self.options
-        forward, evaluations = cost.forward_flops / cost.step_flops(), overhead / options.reselect
+        forward, evaluations = cost.forward_flops / cost.step_flops(), overhead / self._served
         flops = int((cost.own(cost.flops) + np.cumsum(cost.way(cost.flops))).min())
         state_bytes = np.array([self._state_bytes(self.candidates[k]) for k in cost.order])
         state_bytes += cost.own(cost.saved_bytes) + np.cumsum(cost.way(cost.saved_bytes))
@@ -378,6 +410,10 @@ class GreenTrainer(GradientOptimizer):
 
     # Around the steps.
 
+    def assume(self) -> None:
+        """See `Optimizer.assume`: a price is of runs of any length."""
+        self.total = None
+
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> GreenTrainer:
         if config.trainable == "all":
@@ -386,12 +422,14 @@ class GreenTrainer(GradientOptimizer):
             inject(model, **adapter_arguments(config))
         model.train()
         check_head(model)
-        return cls(
+        optimizer = cls(
             model,
             config.lr,
             **dataclasses.asdict(config.options),
             **cls.arguments(config),
         )
+        optimizer.total = config.steps
+        return optimizer
 
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         from tinyft.models import save_model
@@ -412,7 +450,10 @@ class GreenTrainer(GradientOptimizer):
 
     @property
     def period(self) -> int:
-        return self.options.reselect
+        if self.total is None:
+            return self.options.reselect
+        selections = max(1, int(self.total / self.options.reselect + 0.5))
+        return math.ceil(self.total / selections)
 
     def plots(self) -> dict[str, Callable[[Path], None]]:
         if not self.history or not self.steps:
