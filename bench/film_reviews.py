@@ -10,12 +10,11 @@ that are finished are kept and one that was interrupted resumes; the table, `fil
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 from pathlib import Path
 
-from commands import train
+from commands import keep, train
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = ["--data", "film-reviews:train", "--eval-data", "film-reviews:dev", "--max-length", "128"]
@@ -163,11 +162,7 @@ def main() -> None:
         for seed in plan["seeds"]
         if (report := arguments.runs / f"{model}-{row}-{seed}" / "report.json").exists()
     ]
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "film_reviews.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    keep(lines, RESULTS / "film_reviews.csv")
     plot(lines, RESULTS / "film_reviews.png")
     print(table(lines))
 

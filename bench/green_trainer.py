@@ -55,13 +55,12 @@ ROWS = (
 class Bench:
     """All rows of one task and seed."""
 
-    def __init__(self, task: str, seed: int, runs: Path, share: float, results: Path) -> None:
+    def __init__(
+        self, task: str, seed: int, done: list[dict[str, Any]], runs: Path, share: float
+    ) -> None:
+        ours = [line for line in done if (line["task"], line["seed"]) == (task, seed)]
         self.task, self.seed = task, seed
-        self.kept = {
-            line["row"]: line
-            for line in kept(results / "green_trainer.csv")
-            if (line["task"], line["seed"]) == (task, seed)
-        }
+        self.kept = {line["row"]: line for line in ours}
         self.plan = TASKS[task] | {
             "steps": max(2, round(share * TASKS[task]["steps"])),
             "warmup": round(5 * share),
@@ -97,8 +96,12 @@ class Bench:
         elif row != "full":
             name, rho = row.split()
             config |= {"method": "green_trainer", "rho": float(rho), "choose": CHOICES[name]}
-            config["reselect"] = max(50, plan["steps"] // 2)
+            config["reselect"] = self.reselect
         return config
+
+    @property
+    def reselect(self) -> int:
+        return max(50, self.plan["steps"] // 2)
 
     def flops_share(self) -> float | None:
         """Of GreenTrainer's run over LoRA's."""
@@ -106,11 +109,12 @@ class Bench:
         return green["flops"] / lora["flops"] if green and lora else None
 
     def time_share(self) -> float | None:
-        """Of GreenTrainer's step over LoRA's, one selection in each half of the run added."""
+        """Of GreenTrainer's step over LoRA's, the run's selections added."""
         times = step_times(self.plan["model"], self.plan["dtype"])
         if not times:
             return None
-        evaluations = 2 / self.plan["steps"] * times["full"]
+        steps = self.plan["steps"]
+        evaluations = max(1, round(steps / self.reselect)) / steps * times["full"]
         return (times["rho 0.5"] + evaluations) / times["lora"]
 
     def score(self, model: Path, path: Path) -> None:
@@ -155,7 +159,8 @@ def step_times(model: str, dtype: str) -> dict[str, float]:
     """Of a step over full's, by row, as `green_trainer_step.py` measured them."""
     lines = kept(RESULTS / "green_trainer_step.csv")
     ours = [line for line in lines if (line["model"], line["dtype"]) == (model, dtype)]
-    return {line["row"]: 1 - line["time_saved"] for line in ours}
+    # Lines of a peak alone have no time.
+    return {line["row"]: 1 - line["time_saved"] for line in ours if line["time_saved"] != ""}
 
 
 def quality(line: dict[str, Any]) -> float:
@@ -233,7 +238,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the steps (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    where = (arguments.runs, arguments.share, arguments.results)
+    path = arguments.results / "green_trainer.csv"
+    where = (kept(path), arguments.runs, arguments.share)
     for task in arguments.tasks:
         for row in arguments.rows:
             for seed in range(TASKS[task]["seeds"])[: arguments.seeds]:
@@ -245,7 +251,7 @@ def main() -> None:
         for seed in range(plan["seeds"])
     ]
     if lines := [line for line in found if line]:
-        keep(lines, arguments.results / "green_trainer.csv")
+        keep(lines, path)
         plot(lines, arguments.results / "green_trainer.png")
         print(table(lines))
 

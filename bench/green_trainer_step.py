@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from commands import keep
 from torch import nn
 
 import tinyft
@@ -74,10 +75,7 @@ def main() -> None:
             line.update(timed.get(name, {}))
             if not line["peak_mib"] and not arguments.without_peaks:
                 line["peak_mib"] = round(measured_apart(*key) / 2**20)
-            with RESULTS.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(lines.values())
+            keep(list(lines.values()), RESULTS)
     print(table(lines))
     print(selections())
 

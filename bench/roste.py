@@ -13,13 +13,12 @@ all there is. At most two hours on two cores is the aim: `--share 0.1` runs a te
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from commands import tinyft, train
+from commands import keep, score, tinyft, train
 
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
@@ -108,12 +107,9 @@ class Bench:
     def line(self, row: str, bits: str, output: Path) -> dict[str, Any]:
         """Score a row's model in a process of its own, once, as anybody would load it."""
         scores = self.folder / f"{output.name}.json"
-        if not scores.exists():
-            command = ["eval", f"--model={output}", f"--data={self.dev}", "--json"]
-            command += ["--max-length=128", "--batch-size=16"]
-            command += ["--generate", "--max-new-tokens=64"] if self.task == "e2e" else []
-            write_atomic(scores, tinyft(*command, catch=True))
-        found = json.loads(scores.read_text())
+        flags = [f"--data={self.dev}", "--max-length=128", "--batch-size=16"]
+        flags += ["--generate", "--max-new-tokens=64"] if self.task == "e2e" else []
+        found = score(output, scores, *flags)
         report = output / "report.json"
         measured = json.loads(report.read_text())["measured"] if report.exists() else {}
         weights = next(iter([*output.glob("packed.safetensors"), *output.glob("model.s*")]))
@@ -157,11 +153,7 @@ def main() -> None:
     for task in arguments.tasks:
         bench = Bench(task, arguments.runs, arguments.share, arguments.gptq_python)
         lines += bench.run()
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.results.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    keep(lines, arguments.results)
     print(table(lines))
     if not arguments.gptq_python:
         print("GPTQ's row was left out: it needs --gptq-python.")

@@ -106,12 +106,19 @@ def product(
                 y = left @ right if y is None else y.addmm_(left, right)
             if y is None:  # nothing to sum over
                 y = torch.zeros(out[rows, columns].shape)
-            if alpha != 1:
-                y.mul_(alpha)
-            if into is not None:
-                y.add_(into[rows, columns], alpha=beta)
-            out[rows, columns] = y
+            _round(y, out, (rows, columns), into, beta, alpha)
     return out
+
+
+def _round(
+    y: Tensor, out: Tensor, where: Any, into: Tensor | None, beta: float, alpha: float
+) -> None:
+    """`out[where] = alpha y + beta into[where]`; y is overwritten."""
+    if alpha != 1:
+        y.mul_(alpha)
+    if into is not None:
+        y.add_(into[where], alpha=beta)
+    out[where] = y
 
 
 def _blocks(size: int, largest: int) -> Iterator[slice]:
@@ -131,12 +138,7 @@ def batched(
             product(a[i], b[i], out[i], None if into is None else into[i], beta, alpha)
         return out
     for batch in _blocks(len(a), max(1, BATCH_ELEMENTS // max(1, largest))):
-        y = torch.bmm(a[batch].float(), b[batch].float())
-        if alpha != 1:
-            y.mul_(alpha)
-        if into is not None:
-            y.add_(into[batch], alpha=beta)
-        out[batch] = y
+        _round(torch.bmm(a[batch].float(), b[batch].float()), out, batch, into, beta, alpha)
     return out
 
 
