@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import io
 import json
 import subprocess
 import sys
@@ -50,10 +52,22 @@ def _number(text: str) -> float | int | str:
         return text
 
 
+def add(line: dict[str, Any], path: Path, *key: str) -> None:
+    """Put a line into a CSV, in the place of one whose fields `key` are the same. Several processes
+    may do so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = {tuple(str(one[name]) for name in key): one for one in kept(path)}
+        lines[tuple(str(line[name]) for name in key)] = line
+        keep(list(lines.values()), path)
+
+
 def keep(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a CSV, a line a dictionary of the first's names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomic(path, text.getvalue())
