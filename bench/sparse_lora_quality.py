@@ -1,14 +1,15 @@
 """What SparseLoRA's savings cost in quality: SmolLM2-135M, two tasks whose prompts hold examples.
 
-    python bench/sparse_lora_quality.py [--seeds 0 1] [--steps 40] [--runs runs/sparse-lora-quality]
+    python bench/sparse_lora_quality.py [--seeds 0 1] [--steps 30] [--runs runs/sparse-lora-quality]
 
 Film-review sentiment after four labelled reviews, and a restaurant's description after two others
 (the shots are training rows, also for held-out ones). Rows: the model as it came; dense LoRA;
 calibrated schedules at shares 0.65 and 0.5 of its FLOPs; the same sparsity in all MLPs at 0.65;
 calibrated at 0.5 with the output's tokens sparse, too. Every row is one `tinyft train` in a process
 of its own, scored by a `tinyft eval` on held-out rows. What `results/sparse_lora_quality.csv` holds
-is not run again (delete a line to have it anew), what was interrupted resumes. FLOPs and time are
-the whole run's: dense first steps and calibration included, scoring not.
+is not run again (delete a line to have it anew), what was interrupted resumes, and processes with
+other `--tasks` or `--rows` may run beside. FLOPs and time are the whole run's: dense first steps
+and calibration included, scoring not.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from commands import keep, kept, score, train
+from commands import add, kept, score, train
 
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
 
 RESULTS = Path(__file__).parent / "results" / "sparse_lora_quality.csv"
-HELD_OUT = 200  # rows
+HELD_OUT = 100  # rows
 TASKS = {"film-reviews": 4, "e2e": 2}  # shots
 COMMON = {
     "model": "smollm2-135m",
     "dtype": "float32",
     "batch_size": 8,
-    "lr": 3e-4,
-    "warmup": 4,
+    "lr": 5e-4,
+    "warmup": 3,
     "max_length": 384,
 }
+KEY = ("task", "row", "seed")
 NONE = "no training"
 SPARSE = {"method": "sparse_lora"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -53,22 +55,21 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse-lora-quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    lines = {(line["task"], line["row"], line["seed"]): line for line in kept(arguments.results)}
     for seed in arguments.seeds:  # all rows of one seed before the next seed begins
         for task in arguments.tasks:
             data, held_out = data_of(task, arguments)
-            if (task, NONE, "") not in lines:
+            if (task, NONE, "") not in done(arguments.results):
                 path = arguments.runs / f"{task}.json"
                 found = score(COMMON["model"], path, *shape(held_out))
-                lines[task, NONE, ""] = line(task, NONE, "", found, {})
+                add(line(task, NONE, "", found, {}), arguments.results, *KEY)
             for row in arguments.rows:
-                if (task, row, seed) in lines:
+                if (task, row, seed) in done(arguments.results):
                     continue
                 config = {**COMMON, "data": str(data), **ROWS[row]}
                 config |= {"seed": seed, "steps": arguments.steps}
@@ -76,9 +77,12 @@ def main() -> None:
                 train(as_flags(config), output)
                 found = score(output, output.with_suffix(".json"), *shape(held_out))
                 measured = json.loads((output / "report.json").read_text())["measured"]
-                lines[task, row, seed] = line(task, row, seed, found, measured)
-                keep(list(lines.values()), arguments.results)
-    print(table(list(lines.values())))
+                add(line(task, row, seed, found, measured), arguments.results, *KEY)
+    print(table(kept(arguments.results)))
+
+
+def done(results: Path) -> list[tuple[Any, ...]]:
+    return [tuple(line[name] for name in KEY) for line in kept(results)]
 
 
 def slug(row: str) -> str:

@@ -43,13 +43,14 @@ from tinyft.optim.base import call_per_example, check_finite, register
 from tinyft.optim.lora import LoRA
 from tinyft.sparse.estimator import estimators, side_by_side
 from tinyft.sparse.layers import Context, find
-from tinyft.sparse.resumed import Resumed
 from tinyft.sparse.schedule import LEVELS, Key, costs, read, solve, summary, write
+from tinyft.sparse.sensitivity import Effects
 from tinyft.sparse.tokens import SPLITS, Tokens
 
 log = logging.getLogger(__name__)
 
-_ROWS = 4  # examples of a batch that sensitivities are measured on
+_ROWS = 4  # examples of a batch that effects are found on, at a time
+_TURNS = 3  # of that for each calibration batch, each further on the way to the schedule
 _DENSE = 0.05  # of the steps, at first
 _SMALL = 10_000_000  # parameters of a model whose estimators are made faster than looked up
 
@@ -204,6 +205,7 @@ class SparseLoRA(LoRA):
         self.schedule: dict[Key, float] | None = None
         if self.options.sparsity not in ("auto", "uniform"):
             self.schedule = read(sparsity, self.keys)
+        self._so_far: dict[Key, float] = {}  # of a schedule that is being calibrated
         self._rises = np.zeros((len(self.keys), len(LEVELS)))
         self._flops = self._tokens = self._calibrated = 0  # FLOPs, context tokens, batches so far
         self._ready, self.is_assumed, self._dense_share = False, False, _DENSE
@@ -308,7 +310,7 @@ class SparseLoRA(LoRA):
     # Calibration.
 
     def _calibrate(self, closure: Callable[..., Tensor], batch: Any) -> Tensor:
-        """A dense step; before it, what this batch says about the schedule."""
+        """A dense step; then what this batch says about the schedule."""
         tokens: list[Tokens] = []
 
         def watched(*part: Any) -> Tensor:
@@ -317,9 +319,6 @@ class SparseLoRA(LoRA):
             self.context.tokens = None
             return loss
 
-        is_auto = self.options.sparsity == "auto"
-        if is_auto:
-            self._rises += self._measured(closure, batch)
         hook = self.model.register_forward_pre_hook(self._see_call, with_kwargs=True)
         self.context.sparsity = {}
         try:
@@ -330,42 +329,51 @@ class SparseLoRA(LoRA):
         self._flops += counter.flops
         self._tokens += sum(len(t.sparse) for t in tokens)
         self._calibrated += 1
-        if not is_auto or self._calibrated >= self.options.calibration_batches:
-            self.schedule = self._solved(uniform=not is_auto)
+        if self.options.sparsity == "auto":
+            self._refine(closure, batch)
+            is_known = self._calibrated >= self.options.calibration_batches
+            self.schedule = self._so_far if is_known else None
+        else:
+            self.schedule = self._solved(self.options.flops_share, uniform=True)
+        if self.schedule is not None:
             log.info("Sparse from step %d on: %s", self.steps + 1, summary(self.schedule))
         return loss
 
-    def _measured(self, closure: Callable[..., Tensor], batch: Any) -> np.ndarray:
-        """(keys, levels): how much the loss rises with one part of one layer sparse."""
-        rises = np.zeros_like(self._rises)
-        if self.is_assumed:
-            return rises
-        part = None
+    def _refine(self, closure: Callable[..., Tensor], batch: Any) -> None:
+        """Go some way to the wanted share of FLOPs, looking again at each turn what each part does
+        to the loss where the parts found so far are sparse."""
+        self._solved(self.options.flops_share)  # or an error, before anything is measured
+        turns = _TURNS * self.options.calibration_batches
+        parts: Sequence[Any] = [None]
         if batch is not None:
-            part = split(batch, math.ceil(size_of(batch) / _ROWS))[0]
+            parts = split(batch, math.ceil(size_of(batch) / _ROWS))
+        for k in range(_TURNS):
+            rises = self._effects(closure, parts[k % len(parts)])
+            self._rises = np.maximum(self._rises, rises)
+            way = ((self._calibrated - 1) * _TURNS + k + 1) / turns
+            self._so_far = self._solved(1 - way * (1 - self.options.flops_share))
+
+    def _effects(self, closure: Callable[..., Tensor], part: Any) -> np.ndarray:
+        """(keys, levels): what each part does to the loss of some examples, of all if None, where
+        `self._so_far` is sparse already. Nothing is changed by it."""
+        if self.is_assumed:
+            return np.zeros_like(self._rises)
+        layers = [*self._mlps, *self._attentions, *self._attentions]
         break_even, self.context.break_even = self.context.break_even, False
+        self.context.sparsity = dict(self._so_far)
+        effects = Effects(self.keys, layers, LEVELS, self.context)
         try:
-            with (
-                undisturbed(self.model, evaluating=True),
-                torch.no_grad(),
-                self._sparse(closure) as inside,
-                Resumed(self.model) as resumed,
-            ):
-
-                def loss_at(sparsity: dict[Key, float]) -> float:
-                    self.context.sparsity = sparsity
+            with undisturbed(self.model, evaluating=True), self._sparse(closure) as inside:
+                with effects.listening(), self.keeping(), torch.enable_grad():
                     loss = inside() if part is None else call_per_example(inside, part).mean()
-                    check_finite(loss, self.steps + 1)
-                    return float(loss)
-
-                dense = loss_at({})
-                for i in sorted(range(len(self.keys)), key=lambda i: self.keys[i]):
-                    resumed.advance(self.keys[i][0], partial(loss_at, {}))
-                    for j, level in enumerate(LEVELS):
-                        rises[i, j] = loss_at({self.keys[i]: level}) - dense
+                check_finite(loss.detach(), self.steps + 1)
+                loss.backward()
         finally:
             self.context.break_even = break_even
-        return rises
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        return effects.found
 
     def savings(self, tokens: int) -> np.ndarray:
         """(keys,) FLOPs that each part would save at sparsity 1 in a step with so many sparse
@@ -376,22 +384,25 @@ class SparseLoRA(LoRA):
         elements = [layer.elements(key[1]) for layer, key in zip(layers, self.keys, strict=True)]
         return np.array([2.0 * tokens * (passes * b + (passes + 1) * a) for b, a in elements])
 
-    def _solved(self, *, uniform: bool) -> dict[Key, float]:
+    def _solved(self, flops_share: float, *, uniform: bool = False) -> dict[Key, float]:
+        """The schedule of least rise for a share of a dense step's FLOPs.
+
+        Raises:
+            InputError: `self.options.flops_share` is out of reach.
+        """
         saved = self.savings(self._tokens)
-        need = (1 - self.options.flops_share) * self._flops
+        need = (1 - flops_share) * self._flops
         if uniform:
             is_ffn = np.array([part == "ffn" for _, part in self.keys])
             saved = saved * is_ffn
             same = need / saved.sum() if saved.any() else np.inf
             found = same * is_ffn if same <= LEVELS[-1] else None
         else:
-            last = max(layer for layer, _ in self.keys) or 1
-            depth = np.array([layer / last for layer, _ in self.keys])
-            found = solve(costs(self._rises / self._calibrated, depth), saved, need)
+            found = solve(costs(self._rises), saved, need)
         if found is None:
             least = 1 - LEVELS[-1] * saved.sum() / self._flops
             raise InputError(
-                f"flops_share {self.options.flops_share:g} cannot be reached on these batches: "
+                f"flops_share {flops_share:g} cannot be reached on these batches: "
                 f"with {LEVELS[-1]:.0%} of channels left out everywhere it is {least:.2f}, as "
                 f"{self._tokens:,} tokens of context are sparse and all else is dense. Ask for "
                 f"more, or have longer contexts, or sparse_tokens all."
@@ -445,12 +456,14 @@ class SparseLoRA(LoRA):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "sparsity"})
 
     def _found(self) -> dict[str, Tensor]:
-        counts = torch.tensor([self._flops, self._tokens, self._calibrated])
-        found = {"rises": torch.from_numpy(self._rises.copy()), "counts": counts}
-        if self.schedule is not None:
-            values = [self.schedule.get(key, 0.0) for key in self.keys]
-            found["schedule"] = torch.tensor(values, dtype=torch.float64)
-        return found
+        found = self._so_far if self.schedule is None else self.schedule
+        values = [found.get(key, 0.0) for key in self.keys]
+        counts = [self._flops, self._tokens, self._calibrated, self.schedule is not None]
+        return {
+            "rises": torch.from_numpy(self._rises.copy()),
+            "counts": torch.tensor(counts),
+            "schedule": torch.tensor(values, dtype=torch.float64),
+        }
 
     def _load_found(self, tensors: Mapping[str, Tensor]) -> None:
         if "rises" not in tensors or len(tensors["rises"]) != len(self.keys):
@@ -459,8 +472,7 @@ class SparseLoRA(LoRA):
                 "--sparse-attention that it began with."
             )
         self._rises = tensors["rises"].cpu().double().numpy().copy()
-        self._flops, self._tokens, self._calibrated = tensors["counts"].tolist()
-        self.schedule = None
-        if "schedule" in tensors:
-            values = tensors["schedule"].tolist()
-            self.schedule = {key: s for key, s in zip(self.keys, values, strict=True) if s > 0}
+        self._flops, self._tokens, self._calibrated, is_known = tensors["counts"].tolist()
+        values = tensors["schedule"].tolist()
+        self._so_far = {key: s for key, s in zip(self.keys, values, strict=True) if s > 0}
+        self.schedule = self._so_far if is_known else None

@@ -1,9 +1,8 @@
 """How much of each layer is left out: a schedule, from sensitivities and a FLOP target.
 
 SparseLoRA (ICML 2025), section 3.3, has hand-made schedules from per-layer sensitivity curves. Here
-they are the solution of: least rise of the task's loss, as far as the rises of single layers add
-up, for so many FLOPs saved. A prior holds early layers back, as the paper finds deep ones to
-tolerate more: rises measured on a few batches are noisy.
+they are the solution of: least rise of the task's loss, as far as the effects of single parts add
+up (`tinyft/sparse/sensitivity.py`), for so many FLOPs saved.
 """
 
 from __future__ import annotations
@@ -19,19 +18,16 @@ from tinyft.errors import InputError
 
 Key = tuple[int, str]
 Floats = NDArray[np.float64]
-LEVELS = (0.75, 0.97)  # sparsities that are tried: each is a pass for every part of every layer
+LEVELS = (0.75, 0.97)  # sparsities that are tried
 
 
-def costs(rises: Floats, depth: Floats) -> Floats:
-    """What leaving out is charged: (n, levels), never falling along a row.
+def costs(effects: Floats) -> Floats:
+    """What leaving out is charged: (n, levels), from effects of the same shape and at least 0.
 
-    Args:
-        rises: (n, levels) of the loss with one part of one layer sparse; negative ones are noise.
-        depth: (n,) from 0, the first layer, to 1, the last: the prior charges the first layer the
-            mean rise at that level, the last nothing.
+    Never less for more: at least what a lower level has, and a little above that.
     """
-    rises = np.maximum.accumulate(np.maximum(rises, 0), axis=1)
-    return rises + (1 - depth)[:, None] * rises.mean(0) + 1e-12 * np.arange(1, rises.shape[1] + 1)
+    little = 1e-9 * (effects.mean() or 1.0)
+    return np.maximum.accumulate(effects, axis=1) + little * np.arange(1, effects.shape[1] + 1)
 
 
 def solve(
