@@ -1,24 +1,29 @@
 """Learning curves of every method on every task: what the planner's choice rests on.
 
     python bench/evidence.py [--tasks e2e ...] [--seeds 0] [--runs runs/evidence]
+    python bench/evidence.py --of bench/results/minilm-l6 [...]
 
 Every curve is one `tinyft train` with the method's defaults and a constant learning rate, so that
 stopping it early and asking for fewer steps are the same, scored on the way. Finished runs are kept
-and one that was interrupted resumes. `tinyft/evidence.json` is made from all there are.
+and one that was interrupted resumes. With `--of` nothing is run: curves are taken from folders of
+`tinyft bench`, where each point is a run of its own with the rate that was searched for it. Both
+take their places in `tinyft/evidence.json`, among the curves that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from commands import train
+from commands import kept, train
 
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
+from tinyft.optim import METHODS
 
 EVIDENCE = Path(__file__).parent.parent / "tinyft" / "evidence.json"
 TASKS = {  # model, data, and how many times the steps: the encoder's head begins at random
@@ -75,13 +80,51 @@ def curve(task: str, seed: int, output: Path) -> dict[str, Any]:
     }
 
 
+def of_benchmark(folder: Path) -> list[dict[str, Any]]:
+    """Held-out loss by examples seen, over the budgets of a benchmark; peers are left out."""
+    runs: dict[str, dict[str, Any]] = {}
+    for row in kept(folder / "results.csv"):
+        if (row["stage"], row["status"]) != ("run", "done") or row["method"] not in METHODS:
+            continue
+        options = dict(re.findall(r"--(\w+)=(\S+)", row["command"]))
+        config = {name: row[name] for name in ("method", "trainable", "base_bits", "dtype")}
+        config |= {"rho": float(options["rho"])} if "rho" in options else {}
+        task = f"{row['task']}, {row['model']}, rates searched"
+        one = {"task": task, "model": row["model"], "seed": row["seed"], "config": config}
+        points = runs.setdefault(json.dumps(one), one | {"points": {0: row["loss_before"]}})
+        points["points"][row["examples"]] = round(row["loss_after"], 4)
+    return [
+        {
+            **{name: one[name] for name in ("task", "model", "seed", "config")},
+            "examples": sorted(one["points"]),
+            "loss": [round(one["points"][n], 4) for n in sorted(one["points"])],
+        }
+        for one in runs.values()
+    ]
+
+
+def put(found: list[dict[str, Any]]) -> None:
+    """Into `evidence.json`, each in the place of one of the same task, seed and configuration."""
+
+    def key(one: dict[str, Any]) -> str:
+        return json.dumps([one[name] for name in ("task", "model", "seed", "config")])
+
+    known = json.loads(EVIDENCE.read_text())["curves"] if EVIDENCE.exists() else []
+    curves = {key(one): one for one in [*known, *found]}
+    write_atomic(EVIDENCE, json.dumps({"curves": list(curves.values())}, indent=1) + "\n")
+    print(f"{EVIDENCE}: {len(found)} curves of now, {len(curves)} in all")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--only", nargs="*", default=list(RUNS), help="of the runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--of", nargs="+", type=Path, default=[], help="folders of tinyft bench")
     arguments = parser.parse_args()
+    if arguments.of:
+        return put([one for folder in arguments.of for one in of_benchmark(folder)])
     arguments.runs.mkdir(parents=True, exist_ok=True)
     common = {"batch_size": BATCH, "schedule": "constant", "max_length": 128}
     for seed in arguments.seeds:
@@ -91,12 +134,11 @@ def main() -> None:
                 for field in ("steps", "eval_every"):
                     config[field] *= TASKS[task][2]
                 train(as_flags(config), arguments.runs / f"{task}_{name}_{seed}")
-    curves = []
+    found = []
     for report in sorted(arguments.runs.glob("*/report.json")):
         task, _, seed = report.parent.name.split("_")
-        curves.append(curve(task, int(seed), report.parent))
-    write_atomic(EVIDENCE, json.dumps({"curves": curves}, indent=1) + "\n")
-    print(f"{EVIDENCE}: {len(curves)} curves")
+        found.append(curve(task, int(seed), report.parent))
+    put(found)
 
 
 if __name__ == "__main__":
