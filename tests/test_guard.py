@@ -373,7 +373,7 @@ def metered(monkeypatch):
         def _reset(self):
             seen["rows"] = 0
 
-    original, keeping = tinyft.losses.objective, tinyft.gradient.GradientOptimizer.keeping
+    original, keeping = tinyft.losses.objective, tinyft.optim.gradient.GradientOptimizer.keeping
     share = [1.0]
 
     def counted(name):
@@ -391,7 +391,7 @@ def metered(monkeypatch):
 
     monkeypatch.setattr(loop, "PeakMeter", Meter)
     monkeypatch.setattr(tinyft.losses, "objective", counted)
-    monkeypatch.setattr(tinyft.gradient.GradientOptimizer, "keeping", noted)
+    monkeypatch.setattr(tinyft.optim.gradient.GradientOptimizer, "keeping", noted)
     return seen
 
 
@@ -519,7 +519,7 @@ def test_a_step_that_ran_out_of_memory_is_taken_again(configured, metered, metho
 
 def test_memory_that_runs_out_amid_an_update(configured, metered, monkeypatch):  # noqa: F811
     fields = {"batch_size": 8, "checkpoint_every": 1, "memory": "1GB"}
-    use, calls = tinyft.gradient.GradientOptimizer._use, []
+    use, calls = tinyft.optim.gradient.GradientOptimizer._use, []
 
     def failing(self, parameter, group):
         calls.append(1)
@@ -530,7 +530,7 @@ def test_memory_that_runs_out_amid_an_update(configured, metered, monkeypatch): 
     n_tensors = len(list(load(configured("full").model).model.parameters()))
     assert n_tensors < 40 <= 2 * n_tensors
     with monkeypatch.context() as patched:
-        patched.setattr(tinyft.gradient.GradientOptimizer, "_use", failing)
+        patched.setattr(tinyft.optim.gradient.GradientOptimizer, "_use", failing)
         with pytest.raises(BudgetError) as caught:
             loop.run(configured("full", **fields))
     assert "in the middle of an update" in str(caught.value)

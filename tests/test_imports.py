@@ -40,7 +40,7 @@ LAYERS = [
     [
         *("tinyft.assets", "tinyft.references", "tinyft.adapters", "tinyft.models"),
         "tinyft.prefix",
-        *("tinyft.zeroth", "tinyft.sparse", "tinyft.rotated", "tinyft.gradient", "tinyft.optim"),
+        *("tinyft.zeroth", "tinyft.sparse", "tinyft.rotated", "tinyft.optim"),
     ],
     ["tinyft.config", "tinyft.schedule", "tinyft.evaluate", "tinyft.trainer"],
     [

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from tinyft.gradient import GradientOptimizer
+    from tinyft.optim.gradient import GradientOptimizer
 
 _PIECE = 1 << 20  # elements of a gradient looked at together
 _Use = Callable[[int, Tensor, dict[str, Any]], None]

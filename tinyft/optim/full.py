@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from tinyft.gradient import GradientOptimizer
 from tinyft.losses import check_head
 from tinyft.optim.base import register
+from tinyft.optim.gradient import GradientOptimizer
 
 
 @register("full")

@@ -46,10 +46,10 @@ from torch import Tensor, nn
 from tinyft.adapters import adapter_arguments, adapters, inject, save_adapter
 from tinyft.backward_cost import BackwardCost, trace
 from tinyft.errors import InputError
-from tinyft.gradient import GradientOptimizer, size_of, split
 from tinyft.importance import first_order, published, undisturbed
 from tinyft.losses import check_head
 from tinyft.optim.base import call_per_example, check_finite, register
+from tinyft.optim.gradient import GradientOptimizer, size_of, split
 from tinyft.plots import selection_plot
 from tinyft.selection import Selection, saved_flops, select
 

@@ -21,9 +21,9 @@ from tinyft.adapters import (
     remove,
     save_adapter,
 )
-from tinyft.gradient import GradientOptimizer
 from tinyft.losses import check_head
 from tinyft.optim.base import register
+from tinyft.optim.gradient import GradientOptimizer
 
 __all__ = ["LoRA", "LoRALinear", "inject", "load_adapter", "merge", "remove", "save_adapter"]
 

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from tinyft.adapters import adapter_arguments, inject
 from tinyft.errors import InputError
-from tinyft.gradient import GradientOptimizer, size_of
 from tinyft.losses import check_head
 from tinyft.optim.base import Optimizer, register
+from tinyft.optim.gradient import GradientOptimizer, size_of
 from tinyft.optim.mezo import MeZO, MeZOOptions
 from tinyft.plots import rotation_plot
 from tinyft.rotated import artefact

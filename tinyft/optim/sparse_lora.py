@@ -36,10 +36,10 @@ from tinyft.adapters import adapter_arguments
 from tinyft.assets import cache_directory
 from tinyft.cost import FlopCounter
 from tinyft.errors import InputError
-from tinyft.gradient import size_of, split
 from tinyft.importance import undisturbed
 from tinyft.losses import check_head
 from tinyft.optim.base import call_per_example, check_finite, register
+from tinyft.optim.gradient import size_of, split
 from tinyft.optim.lora import LoRA
 from tinyft.sparse.estimator import estimators, side_by_side
 from tinyft.sparse.layers import Context, find
