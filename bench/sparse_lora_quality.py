@@ -75,7 +75,7 @@ def main() -> None:
                 config |= {"seed": seed, "steps": arguments.steps}
                 output = arguments.runs / f"{task}-{slug(row)}-{seed}"
                 train(as_flags(config), output)
-                found = score(output, output.with_suffix(".json"), *shape(held_out))
+                found = score(output, output.with_name(f"{output.name}.json"), *shape(held_out))
                 measured = json.loads((output / "report.json").read_text())["measured"]
                 add(line(task, row, seed, found, measured), arguments.results, *KEY)
     print(table(kept(arguments.results)))

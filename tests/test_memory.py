@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tinyft import memory
 from tinyft.memory import PeakMeter, human, resident_bytes
@@ -84,6 +85,23 @@ def test_products_of_many_shapes_do_not_pile_up():
         [sys.executable, "-c", PRODUCTS], capture_output=True, text=True, timeout=300, check=True
     )
     assert int(done.stdout) < 24 * MIB  # 390 MiB where every one is kept
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_mapped_file_is_forgotten_and_nothing_else(tmp_path):
+    def resident_of_files():
+        return memory._status_bytes("RssFile")
+
+    save_file({"a": torch.arange(8 * MIB), "b": torch.ones(4 * MIB)}, tmp_path / "w.safetensors")
+    mapped = load_file(tmp_path / "w.safetensors")
+    total = mapped["a"].sum()  # read, hence resident
+    before = resident_of_files()
+    memory.forget_mapped(mapped["a"].data_ptr(), mapped["a"].nbytes)
+    assert before - resident_of_files() > 63 * MIB
+    assert mapped["a"].sum() == total  # read again, from the file
+    own = torch.arange(8 * MIB)
+    memory.forget_mapped(own.data_ptr(), own.nbytes)
+    assert own.sum() == total
 
 
 @pytest.mark.parametrize(

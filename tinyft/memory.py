@@ -16,7 +16,8 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+_CLEAR_REFS, _MAPS = Path("/proc/self/clear_refs"), Path("/proc/self/maps")
+_MADV_DONTNEED = 4  # mman.h
 
 
 def _status_bytes(field: str) -> int:
@@ -43,6 +44,25 @@ def trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         pass  # not glibc: the allocator keeps its pages, and the peaks err upwards
+
+
+def forget_mapped(address: int, n_bytes: int) -> None:
+    """Let the system have the pages of a part of a mapped file that nobody will read again.
+
+    A weight that took another place in memory is read no more, but its file stays mapped, and
+    resident, as long as other weights are in it. Memory that is no file's is let alone.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    start, end = -(-address // page) * page, (address + n_bytes) // page * page
+    try:
+        for line in _MAPS.read_text().splitlines():
+            where, modes, _, _, inode, *_ = line.split()
+            first, last = (int(part, 16) for part in where.split("-"))
+            if first <= start < end <= last and inode != "0" and modes.endswith("p"):
+                size = ctypes.c_size_t(end - start)
+                ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(start), size, _MADV_DONTNEED)
+    except (OSError, AttributeError):
+        pass  # not Linux: the pages stay, and count
 
 
 def reuse_heap() -> None:

@@ -49,8 +49,9 @@ from tinyft.sparse.tokens import SPLITS, Tokens
 
 log = logging.getLogger(__name__)
 
-_ROWS = 4  # examples of a batch that effects are found on, at a time
-_TURNS = 3  # of that for each calibration batch, each further on the way to the schedule
+_ROWS = 2  # examples of a pass that effects are found in: few, as inputs and outputs are kept
+_PASSES = 2  # of a turn
+_TURNS = 3  # for each calibration batch, each further on the way to the schedule
 _DENSE = 0.05  # of the steps, at first
 _SMALL = 10_000_000  # parameters of a model whose estimators are made faster than looked up
 
@@ -225,10 +226,20 @@ class SparseLoRA(LoRA):
         if phase == "calibrating":
             return self._calibrate(closure, batch)
         if phase == "dense":
-            return super().step(closure, batch)
+            return self._dense_step(closure, batch)
         self.context.sparsity = self.schedule
         with self._sparse(closure) as inside:
             return super().step(inside, batch)
+
+    def _dense_step(self, closure: Callable[..., Tensor], batch: Any) -> Tensor:
+        """In twice as many parts as a sparse one, so that it does not need more memory."""
+        parts = self.grad_accumulation
+        if batch is not None and size_of(batch) >= 2 * parts:
+            self.grad_accumulation = 2 * parts
+        try:
+            return super().step(closure, batch)
+        finally:
+            self.grad_accumulation = parts
 
     def cost_key(self) -> Any:
         return super().cost_key(), self._phase()
@@ -323,7 +334,7 @@ class SparseLoRA(LoRA):
         self.context.sparsity = {}
         try:
             with FlopCounter() as counter:
-                loss = super().step(watched, batch)
+                loss = self._dense_step(watched, batch)
         finally:
             hook.remove()
         self._flops += counter.flops
@@ -348,7 +359,8 @@ class SparseLoRA(LoRA):
         if batch is not None:
             parts = split(batch, math.ceil(size_of(batch) / _ROWS))
         for k in range(_TURNS):
-            rises = self._effects(closure, parts[k % len(parts)])
+            these = {(_PASSES * k + i) % len(parts) for i in range(_PASSES)}
+            rises = sum(self._effects(closure, parts[i]) for i in sorted(these))
             self._rises = np.maximum(self._rises, rises)
             way = ((self._calibrated - 1) * _TURNS + k + 1) / turns
             self._so_far = self._solved(1 - way * (1 - self.options.flops_share))

@@ -22,6 +22,7 @@ from tinyft.kernels.dispatch import choose
 from tinyft.kernels.lora_linear import add_low_rank, lora_linear
 from tinyft.kernels.rows import columns_linear, rows_linear
 from tinyft.kernels.sparse_linear import sparse_linear
+from tinyft.memory import forget_mapped
 
 
 class Projection:
@@ -53,8 +54,9 @@ class Projection:
         flipped = (dense_weight(self.base) is not weight) != (self.by == "columns")
         stored = weight.detach().t() if flipped else weight.detach()
         if not stored.is_contiguous():
-            stored = stored.contiguous()
+            before, stored = stored, stored.contiguous()
             weight.data = stored.t() if flipped else stored
+            forget_mapped(before.data_ptr(), before.nbytes)
         # A parameter, which is never counted among what a backward pass keeps.
         return nn.Parameter(stored, requires_grad=False)
 
