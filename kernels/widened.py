@@ -31,6 +31,7 @@ BATCH_ELEMENTS = 1 << 20  # of a batched product's largest operand, at a time
 Dtypes = tuple[torch.dtype, ...]
 _HALVES = (torch.bfloat16, torch.float16)
 _library: torch.library.Library | None = None
+_widened: Dtypes = ()
 
 
 def missing() -> Dtypes:
@@ -50,39 +51,41 @@ def install(dtypes: Dtypes | None = None) -> bool:
     """From now on, products of these dtypes on the CPU are widened; returns whether any are.
 
     Replaces torch's CPU kernels of `mm`, `addmm`, `bmm`, `baddbmm` and of attention's backward
-    pass, which are handed all other dtypes. Done once a process; needs torch 2.9, and does nothing
-    before it.
+    pass, which are handed all other dtypes. For the whole process, beside what it widens already;
+    needs torch 2.9, and does nothing before it.
 
     Args:
         dtypes: default: those `missing` on this CPU.
     """
-    global _library
-    dtypes = missing() if dtypes is None else dtypes
-    if _library is None and dtypes and hasattr(torch.library, "get_kernel"):
+    global _library, _widened
+    asked = missing() if dtypes is None else dtypes
+    dtypes = tuple(dtype for dtype in _HALVES if dtype in (*asked, *_widened))
+    if dtypes != _widened and hasattr(torch.library, "get_kernel"):
+        remove()
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():  # that kernels are replaced is the purpose
             warnings.simplefilter("ignore")
             for name, make in _OPERATORS.items():
                 kernel = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
                 library.impl(name, make(name, kernel, dtypes), "CPU", with_keyset=True)
-        _library = library
+        _library, _widened = library, dtypes
         names = " and ".join(str(dtype)[6:] for dtype in dtypes)
         ran["products"] = f"float32, a block at a time (this CPU has none of {names})"
     return _library is not None
 
 
 def install_for(model: nn.Module) -> None:
-    """`install`, if the model has parameters of 16 bits on the CPU."""
-    if any(p.device.type == "cpu" and p.dtype in _HALVES for p in model.parameters()):
-        install()
+    """`install`, for those missing dtypes that the model has parameters of on the CPU."""
+    used = {p.dtype for p in model.parameters() if p.device.type == "cpu"}
+    install(tuple(dtype for dtype in missing() if dtype in used))
 
 
 def remove() -> None:
     """The inverse of `install`."""
-    global _library
+    global _library, _widened
     if _library is not None:
         _library._destroy()
-        _library = None
+        _library, _widened = None, ()
         del ran["products"]
 
 

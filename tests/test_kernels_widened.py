@@ -162,4 +162,10 @@ def test_only_models_of_16_bits_ask_for_it(monkeypatch):
     widened.install_for(torch.nn.Linear(2, 2))
     assert widened._library is None
     widened.install_for(torch.nn.Linear(2, 2).bfloat16())
-    assert widened._library is not None
+    assert dispatch.ran["products"].endswith("none of bfloat16)")
+    widened.install_for(torch.nn.Linear(2, 2).half())
+    assert dispatch.ran["products"].endswith("none of bfloat16 and float16)")
+    widened.remove()
+    monkeypatch.setattr(widened, "missing", lambda: (torch.float16,))
+    widened.install_for(torch.nn.Linear(2, 2).bfloat16())  # which this CPU multiplies
+    assert widened._library is None
