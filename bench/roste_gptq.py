@@ -1,6 +1,6 @@
 """Put a model's weights on a 4-bit grid by GPTQ, with llmcompressor, for `bench/roste.py`.
 
-    python -m venv gptq && gptq/bin/pip install llmcompressor==0.14.0.1
+    python -m venv gptq && gptq/bin/pip install -c constraints.txt llmcompressor==0.14.0.1
     gptq/bin/python bench/roste_gptq.py --model DIR --data train.jsonl --output DIR
 
 Weights asymmetric, one scale an output row, as RoSTE's; 128 calibration examples. What is written
