@@ -181,6 +181,7 @@ def _prepared(config: TrainConfig) -> Job:
     )
     if not hasattr(loaded.tokenizer, "backend_tokenizer"):
         raise InputError(f"{config.model} has no tokenizer.json, which a device needs.")
+    config = config.with_lr(loaded.model.config)
     # Choices are learnt as completions: a row's right one.
     kind = "class" if encoder else "lm"
     encoded = encode(

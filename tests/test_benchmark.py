@@ -131,7 +131,7 @@ def test_a_grid_from_end_to_end(job, tmp_path, in_process):
 def test_prose_and_two_budgets(job, tmp_path, in_process):
     """Texts are scored by perplexity; more FLOPs are more steps."""
     out = tmp_path / "out"
-    more = ["--flops", "4e7", "1e8", "--lr-search", "30", "--methods", "full", "torch-full"]
+    more = ["--flops", "4e7", "1e8", "--lr-search", "2", "--methods", "full", "torch-full"]
     assert main(flags(job, out, *more, data=("prose",))) == 0
     small, large = (
         {row["method"]: row for row in runs(out, budget=f"{budget} FLOPs")}

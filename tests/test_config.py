@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from tinyft.budget import Budget
 from tinyft.config import GROUPS, TrainConfig, as_flag, flags, read_yaml
@@ -18,6 +19,10 @@ GIVEN = {"model": "m", "data": "d.jsonl"}
 
 def build(**values):
     return TrainConfig.build({**GIVEN, **values}, spell=as_flag)
+
+
+def wide(channels):
+    return GPT2Config(n_embd=channels)
 
 
 def problems(**values):
@@ -44,10 +49,17 @@ def test_strings_are_converted():
 @pytest.mark.parametrize("method", ["mezo", "lora", "full"])
 def test_defaults_are_the_methods_own(method):
     config, cls = build(method=method), METHODS[method]
-    assert config.lr == cls.default_lr[config.trainable]
+    assert config.lr is None and config.with_lr(wide(4096)).lr == cls.default_lr[config.trainable]
     assert config.schedule == ("cosine" if cls.uses_gradients else "constant")
     assert config.epochs == 1.0 and config.steps is None
     assert build(method=method, steps=3).epochs is None
+
+
+def test_gradients_take_larger_rates_on_narrower_models():
+    for width, factor in ((8192, 0.5), (2048, 2), (512, 8), (256, 16), (32, 16)):
+        assert build(method="lora").with_lr(wide(width)).lr == pytest.approx(2e-4 * factor)
+        assert build(method="mezo").with_lr(wide(width)).lr == METHODS["mezo"].default_lr["all"]
+    assert build(method="lora", lr=1e-3).with_lr(wide(32)).lr == 1e-3
 
 
 def test_a_zero_learning_rate_is_kept():
@@ -55,7 +67,7 @@ def test_a_zero_learning_rate_is_kept():
 
 
 def test_mezo_on_lora_uses_the_rate_for_lora():
-    config = build(method="mezo", trainable="lora", rank=4)
+    config = build(method="mezo", trainable="lora", rank=4).with_lr(wide(64))
     assert config.lr == METHODS["mezo"].default_lr["lora"] and config.rank == 4
 
 

@@ -388,7 +388,7 @@ def test_the_planner_prices_a_sparse_step(tiny_model_dir, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for _ in range(8)))
     values = {"model": str(base), "data": str(data), "method": "sparse_lora", "batch_size": 8}
     config = TrainConfig.build(
-        {**values, "dtype": "float32", "steps": 20, "flops_share": 0.8, "output": None}
+        {**values, "lr": 1e-3, "dtype": "float32", "steps": 20, "flops_share": 0.8, "output": None}
     )
     outlined = outline(config.model)
     examples, _ = read_source(config.data, None, False)

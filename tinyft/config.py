@@ -35,8 +35,9 @@ _GRADIENT: dict[str, Any] = {"only": "gradients"}
 class TrainConfig(BaseModel):
     """Everything that decides a run's result, and how it is watched and saved.
 
-    Build it with `TrainConfig.build`, which also fills in the method's defaults: after that `lr`,
-    `schedule` and `trainable` are never None, and one of `steps` and `epochs` is set.
+    Build it with `TrainConfig.build`, which also fills in the method's defaults: after that
+    `schedule` and `trainable` are never None, and one of `steps` and `epochs` is set. `lr` may be,
+    until the model is known (`with_lr`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -51,7 +52,9 @@ class TrainConfig(BaseModel):
     epochs: float | None = Field(None, gt=0, description="passes over the data (default: 1)")
     batch_size: int = Field(8, ge=1, description="examples in a batch")
     max_length: int = Field(512, ge=2, description="tokens of an example; what is longer is cut")
-    lr: float | None = Field(None, ge=0, description="learning rate (default: the method's own)")
+    lr: float | None = Field(
+        None, ge=0, description="learning rate (default: the method's, for the model's width)"
+    )
     schedule: Literal["constant", "cosine"] | None = Field(
         None, description="learning rate over time (default: cosine, zeroth order: constant)"
     )
@@ -185,11 +188,19 @@ class TrainConfig(BaseModel):
 
     def _with_defaults(self, method: Any) -> TrainConfig:
         trainable = self.trainable or method.needs or next(iter(method.default_lr))
-        lr = method.default_lr.get(trainable) if self.lr is None else self.lr
         schedule = self.schedule or ("cosine" if method.uses_gradients else "constant")
         epochs = 1.0 if self.steps is None and self.epochs is None else self.epochs
-        update = {"trainable": trainable, "lr": lr, "schedule": schedule, "epochs": epochs}
+        update = {"trainable": trainable, "schedule": schedule, "epochs": epochs}
         return self.model_copy(update=update)
+
+    def with_lr(self, model_config: Any) -> TrainConfig:
+        """With the method's rate for the model (`Optimizer.learning_rate`), if none was given."""
+        from tinyft.optim import METHODS
+
+        if self.lr is not None:
+            return self
+        lr = METHODS[self.method].learning_rate(self.trainable, model_config)
+        return self.model_copy(update={"lr": lr})
 
     def _conflicts(self, method: Any, spell: Callable[[str], str]) -> list[str]:
         """Fields that are right one by one and wrong together."""

@@ -110,6 +110,8 @@ class OutputFolder:
         """Refuse to go on with another configuration than the run began with."""
         before, now = self.saved_config(), config.flat()
         differing = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)} - _FREE
+        if config.lr is None:  # not given: the run's
+            differing -= {"lr"}
         if config.schedule == before.get("schedule") == "constant":
             differing -= _LENGTH  # whether it grew is checked once the data have been counted
         if differing:

@@ -406,7 +406,7 @@ def _groups(
         parts = [config.grad_accumulation]
 
     def setting(values: Mapping[str, Any], examples: int) -> Setting:
-        flat = TrainConfig.build({**base, **values}).flat()
+        flat = TrainConfig.build({**base, **values}).with_lr(job.outline.config).flat()
         epochs = config.epochs or 1.0
         steps = config.steps or max(1, round(epochs * -(-len(job.encoded.items) // examples)))
         return Setting(flat, steps, examples)

@@ -259,7 +259,7 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
     # Parts of a batch cost alike: the first holds the longest, a second meets its gradients.
     parts = min(config.grad_accumulation, 2)
     batch = _longest(config, job, config.batch_size * parts)
-    config = config.model_copy(update={"grad_accumulation": parts})
+    config = config.model_copy(update={"grad_accumulation": parts}).with_lr(shape)
     loss = objective_of(config.objective, job.encoded.kind)
     method = METHODS[config.method]
     with DryRun() as run:

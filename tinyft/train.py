@@ -101,6 +101,8 @@ class _Session:
         self.guard = Guard(config.budget)
         self.limit_bytes = config.budget.memory_bytes
         saved = folder.saved_config() if folder and resuming else config.flat()
+        if config.lr is None:
+            self.config = config.model_copy(update={"lr": saved.get("lr")})
         self.changed = {name for name in LIMITS if saved.get(name) != getattr(config, name)}
 
     def run(self, loaded: Any, rows: Mapping[str, Any]) -> Result:
@@ -138,6 +140,7 @@ class _Session:
                 f"it was made from."
             )
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
+        config = self.config = config.with_lr(self.model.config)
         device = str(next(self.model.parameters()).device)
         if config.energy and device != "cpu":
             raise InputError(

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from tinyft.errors import InputError
 
+LR_WIDTH = 4096  # channels of a model that default rates are stated for
+_LEAST_WIDTH = 256  # below, nothing was tried
+
 METHODS: dict[str, type[Optimizer]] = {}
 _C = TypeVar("_C", bound="type[Optimizer]")
 
@@ -70,7 +73,8 @@ class Optimizer(torch.optim.Optimizer):
         Options: the method's own options.
         needs: the trainable set that the method insists on (`"all"`, `"lora"`), or None when the
             user may choose (`--trainable`).
-        default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`.
+        default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`; of methods
+            with gradients for `LR_WIDTH` channels (see `learning_rate`).
         uses_gradients: False for zeroth-order methods (the loop then runs without autograd).
         packs_base: True when the method brings its own few bits a weight: `base_bits` stays 16.
         layers_alike: True when a step does the same for every layer of a kind, so that what few
@@ -116,6 +120,26 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     # What the training loop calls around the steps. Defaults suit most methods.
+
+    @classmethod
+    def learning_rate(cls, trainable: str, model_config: Any) -> float:
+        """What to train this set of a model with, unless a rate was asked for.
+
+        Adam moves every weight by about the rate, whatever its gradient; what the weights of a
+        layer then add to its outputs grows with their number. So the rate that is right falls with
+        the width (Yang et al. 2022, arXiv:2203.03466), as RoSTE's published ones do: 5e-5, 3e-5
+        and 1e-5 for 896, 2,048 and 3,584 channels. Not so in zeroth order, whose updates are as
+        large as what was measured along them.
+
+        Args:
+            trainable: one of `default_lr`.
+            model_config: transformers'.
+        """
+        lr = cls.default_lr[trainable]
+        width = getattr(model_config.get_text_config(), "hidden_size", None)
+        if not cls.uses_gradients or width is None:
+            return lr
+        return float(f"{lr * LR_WIDTH / max(width, _LEAST_WIDTH):.2g}")
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> Optimizer:

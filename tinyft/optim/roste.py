@@ -211,7 +211,7 @@ class RoSTE(_Quantising, GradientOptimizer):
     """
 
     Options = RoSTEOptions
-    default_lr = {"all": 5e-5, "lora": 2e-4}  # noqa: RUF012
+    default_lr = {"all": 1e-5, "lora": 2e-4}  # noqa: RUF012
 
     def __init__(
         self,
