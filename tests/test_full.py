@@ -114,12 +114,13 @@ def test_a_loss_without_gradient_says_so():
         tinyft.Full(model).step(lambda: loss_of(model).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["adamw", "sgd", "adamw8bit"])
-def test_state_dict_round_trip(rule):
+def test_state_dict_round_trip(rule, dtype):
     def advance(model, optimizer):
         return [optimizer.step(lambda: loss_of(model)) for _ in range(2)]
 
-    model = build("llama")
+    model = build("llama").to(dtype)
     optimizer = tinyft.Full(model, lr=1e-3, optimizer=rule)
     advance(model, optimizer)
     twin = copy.deepcopy(model)
@@ -131,6 +132,45 @@ def test_state_dict_round_trip(rule):
     same(model, twin, rtol=0, atol=0)
     if rule == "adamw8bit":
         assert {t.dtype for s in resumed.state.values() for t in s.values()} >= {torch.uint8}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "adamw8bit"])
+def test_16_bit_weights_move_as_float32_ones_do(rule, dtype):
+    """On average; torch's own 16-bit step rounds to the nearest, which loses steps this small."""
+
+    def moved(optimizer, model):
+        start = model.weight.detach().clone()
+        for _ in range(30):
+            loss = (model.weight.float() * slopes).sum()
+            if isinstance(optimizer, tinyft.optim.base.Optimizer):
+                optimizer.step(lambda loss=loss: loss)
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return (model.weight.detach() - start).float()
+
+    def layer(dtype):
+        model = nn.Linear(512, 128, bias=False)
+        nn.init.uniform_(model.weight, 0.5, 2.0, generator=torch.Generator().manual_seed(1))
+        return model.to(dtype)
+
+    slopes = torch.where(
+        torch.rand(128, 512, generator=torch.Generator().manual_seed(2)) < 0.5, -1, 1
+    )
+    lr = 2e-4 if dtype == torch.bfloat16 else 2e-5  # a tenth of a step between neighbours, or less
+    torchs = torch.optim.SGD if rule == "sgd" else torch.optim.AdamW
+    exact, nearest = layer(torch.float32), layer(dtype)
+    decay = {"weight_decay": 0.0}
+    want = moved(torchs(exact.parameters(), lr=lr, **decay), exact)
+    lost = moved(torchs(nearest.parameters(), lr=lr, **decay), nearest)
+    model = layer(dtype)
+    got = moved(tinyft.Full(model, lr=lr, optimizer=rule), model)
+    along = want.sign()
+    assert (lost * along).mean() < 0.5 * (want * along).mean()
+    assert float((got * along).mean() / (want * along).mean()) == pytest.approx(1, abs=0.02)
+    assert len(got.unique()) > 2 and abs(float(got.mean())) < 0.05 * float((want * along).mean())
 
 
 def test_eight_bit_adamw_is_bitsandbytes():

@@ -21,7 +21,8 @@ from tinyft.kernels.perturbed_linear import (
     perturbed_linear_ref,
     subtract_direction_,
 )
-from tinyft.zeroth.directions import NOISE_SIZE, make_directions, rounding_noise
+from tinyft.rounding import NOISE_SIZE, rounding_noise
+from tinyft.zeroth.directions import make_directions
 from tinyft.zeroth.update import update_
 
 SEED, STEP, PROBE, T = 2**63 + 11, 5, 3, 2

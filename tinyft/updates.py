@@ -1,11 +1,14 @@
 """Update rules for one parameter at a time, as a gradient that is freed at once needs them.
 
-A rule makes a parameter's state and takes a step: the arithmetic is torch's and bitsandbytes' own.
-State is a flat dict of tensors, so it goes into safetensors as it is.
+A rule makes a parameter's state and takes a step: the arithmetic is torch's and bitsandbytes' own,
+of 16-bit weights in float32, a piece at a time, and rounded by chance (`rounding.py`): torch's own
+step rounds to the nearest, and most of it is lost. State is a flat dict of tensors, so it goes into
+safetensors as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Protocol
 
@@ -14,21 +17,64 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tinyft.errors import InputError
+from tinyft.rounding import NOISE_SIZE, rounding_noise, store
+
+_PIECE = 1 << 18  # numbers widened at a time, 1 MB of float32: what a cache holds
 
 State = dict[str, Tensor]
 
 
 class UpdateRule(Protocol):
-    """Both in place; `group` is the parameter's group: `lr`, `weight_decay`, `betas`, `eps`."""
+    """In place.
+
+    Args:
+        group: the parameter's: `lr`, `weight_decay`, `betas`, `eps`.
+        place: which of all parameters it is: each is rounded by other random bits.
+    """
 
     def start(self, parameter: Tensor) -> State: ...
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
     ) -> None: ...
 
 
-class AdamW:
+class _Widened:
+    """Pieces of 16-bit tensors in float32; what was made of them is rounded by chance."""
+
+    def __init__(self) -> None:
+        self._noise: tuple[Any, Tensor] | None = None
+
+    def pieces(
+        self, tensors: tuple[Tensor, ...], read: int, step: int, place: int
+    ) -> Iterator[list[Tensor]]:
+        """Pieces, one of each tensor, widened if the first is of 16 bits. They are stored when the
+        next are asked for, but for the last `read` tensors'."""
+        noise = self._of(step, tensors[0].device) if _is_widened(tensors[0]) else None
+        written = len(tensors) - read
+        flat = [t.view(-1) for t in tensors[:written]] + [t.reshape(-1) for t in tensors[written:]]
+        for i, part in enumerate(zip(*(t.split(_PIECE) for t in flat), strict=True)):
+            if noise is None:
+                yield list(part)
+                continue
+            wide = [t.float() for t in part]
+            yield wide
+            for k in range(written):
+                offset = (place * 40503 + i * 9973 + k * 25013) % NOISE_SIZE
+                store(wide[k], part[k], noise, offset)
+
+    def _of(self, step: int, device: torch.device) -> Tensor:
+        """A step's noise, as much as a piece needs at any offset."""
+        if self._noise is None or self._noise[0] != (step, device):
+            self._noise = (step, device), rounding_noise(0, step, device).repeat(3)
+        return self._noise[1]
+
+
+def _is_widened(parameter: Tensor) -> bool:
+    return parameter.dtype.itemsize == 2 and parameter.is_contiguous()
+
+
+class AdamW(_Widened):
     """Decoupled weight decay (Loshchilov & Hutter 2019), by torch's fused kernel."""
 
     def start(self, parameter: Tensor) -> State:
@@ -38,15 +84,34 @@ class AdamW:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
 
-    def step(self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+    def step(
+        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+    ) -> None:
+        tensors = (parameter, state["exp_avg"], state["exp_avg_sq"], grad)
+        if not _is_widened(parameter):
+            self._update(*tensors, state["step"], group)
+            return
+        before = state["step"].clone()
+        for wide in self.pieces(tensors, 1, int(before), place):
+            self._update(*wide, state["step"].copy_(before), group)
+
+    @staticmethod
+    def _update(
+        parameter: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        grad: Tensor,
+        step: Tensor,
+        group: dict[str, Any],
+    ) -> None:
         beta1, beta2 = group["betas"]
         adamw(
             [parameter],
             [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            [exp_avg],
+            [exp_avg_sq],
             [],
-            [state["step"]],
+            [step],
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -58,17 +123,29 @@ class AdamW:
         )
 
 
-class SGD:
-    """`w -= lr (g + weight_decay w)`; no momentum, hence no state."""
+class SGD(_Widened):
+    """`w -= lr (g + weight_decay w)`; no momentum: the state of 16-bit weights is a count of steps,
+    by which they are rounded."""
 
     def start(self, parameter: Tensor) -> State:
-        return {}
+        return {"step": torch.zeros(())} if _is_widened(parameter) else {}
 
-    def step(self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+    def step(
+        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+    ) -> None:
+        if not _is_widened(parameter):
+            self._update(parameter, grad, group)
+            return
+        for wide in self.pieces((parameter, grad), 1, int(state["step"]), place):
+            self._update(*wide, group)
+        state["step"] += 1
+
+    @staticmethod
+    def _update(parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(grad, alpha=-group["lr"])
 
 
-class AdamW8bit:
+class AdamW8bit(_Widened):
     """AdamW with moments in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
 
     Small parameters keep whole moments, as in `bitsandbytes.optim.AdamW8bit`.
@@ -76,9 +153,10 @@ class AdamW8bit:
 
     small = 4096  # elements
     block = 256
-    piece = 1 << 18  # elements updated at a time: on a CPU each takes 24 bytes meanwhile
+    # What is updated at a time is a piece: on a CPU each of its elements takes 24 bytes meanwhile.
 
     def __init__(self) -> None:
+        super().__init__()
         _codes(torch.device("cpu"))  # no part of the first step, which is priced
 
     def start(self, parameter: Tensor) -> State:
@@ -94,19 +172,20 @@ class AdamW8bit:
             "absmax2": absmax.clone(),
         }
 
-    def step(self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+    def step(
+        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+    ) -> None:
         if "state1" not in state:
-            return AdamW().step(parameter, grad, state, group)
+            return AdamW().step(parameter, grad, state, group, place)
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
         state["step"] += 1
         beta1, beta2 = group["betas"]
         signed, unsigned = _codes(parameter.device)
-        tensors = (grad.contiguous(), parameter, state["state1"], state["state2"])
-        flat = [tensor.view(-1) for tensor in tensors]
-        pieces = [t.split(self.piece) for t in flat]
-        scales = [state[name].split(self.piece // self.block) for name in ("absmax1", "absmax2")]
-        for g, p, state1, state2, absmax1, absmax2 in zip(*pieces, *scales, strict=True):
+        moments = [state[name].view(-1).split(_PIECE) for name in ("state1", "state2")]
+        scales = [state[name].split(_PIECE // self.block) for name in ("absmax1", "absmax2")]
+        pieces = self.pieces((parameter, grad), 1, int(state["step"]), place)
+        for (p, g), state1, state2, absmax1, absmax2 in zip(pieces, *moments, *scales, strict=True):
             optimizer_update_8bit_blockwise(
                 "adam",
                 g,

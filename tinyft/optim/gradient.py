@@ -67,6 +67,7 @@ class GradientOptimizer(Optimizer):
         self.grad_clip, self.grad_accumulation = grad_clip, grad_accumulation
         self.checkpointing = checkpointing
         self.steps = 0
+        self._places = {p: i for i, (_, p) in enumerate(self._named())}
         reuse_heap()
         widened.install_for(model)
         self._heap = HeapWatch()
@@ -145,7 +146,8 @@ class GradientOptimizer(Optimizer):
     def _use(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Update `parameter` by its gradient, and free that."""
         self.clean = False
-        self.rule.step(parameter, parameter.grad, self._state_of(parameter), group)
+        state = self._state_of(parameter)
+        self.rule.step(parameter, parameter.grad, state, group, self._places[parameter])
         parameter.grad = None
         if parameter.numel() >= _LARGE:
             self._heap.check()

@@ -26,8 +26,6 @@ from tinyft.kernels import philox
 from tinyft.kernels.hadamard import hadamard_product, hadamard_rows
 from tinyft.kernels.perturbed_linear import Direction
 
-NOISE_SIZE = 1 << 16
-
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """A parameter's shape as `(rows, cols)`: vectors are one row, higher ranks are flattened."""
@@ -210,16 +208,6 @@ class StructuredDraw(Draw):
             return super().subtract_from_(t, w, start, c)
         # The product is +-c exactly, so w -+ c is rounded once: the same bits on every device.
         w.addr_(self.left(t)[start : start + w.shape[0]].float(), self.right(t).float(), alpha=-c)
-
-
-def rounding_noise(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-    """65,536 uniform 16-bit integers as int32, twice over, so that any window is one slice."""
-    row = torch.zeros(1, dtype=torch.int64, device=device)
-    words = philox.philox(
-        philox.matrix_counters(row, NOISE_SIZE // 8, 0, step, philox.ROUNDING), seed
-    )
-    half_words = words.view(torch.int16).flatten().to(torch.int32).bitwise_and_(0xFFFF)
-    return half_words.repeat(2)
 
 
 FAMILIES: dict[str, tuple[type[Directions], dict]] = {
