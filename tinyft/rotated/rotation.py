@@ -147,17 +147,22 @@ def can_rotate(n: int) -> bool:
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, r1: Rotation) -> None:
+def fuse(model: nn.Module, r1: Rotation) -> dict[Tensor, float]:
     """Put the norms' scales into the linear layers behind them and R1 around them, in place.
 
     The stream is rotated between embedding and last norm from here on (`add_ends` makes it so).
+
+    Returns:
+        how much smaller each weight that took a scale has become: the scale's root mean square.
     """
+    gains = {}
     for block in blocks_of(model):
         for norm, readers in (
             (block.attention_norm, block.readers),
             (block.mlp_norm, block.inner),
         ):
             for linear in readers:
+                gains[linear.weight] = float(norm.weight.double().square().mean().sqrt())
                 w = linear.weight.double()
                 if norm.bias is not None:
                     linear.bias.copy_(linear.bias.double() + w @ norm.bias.double())
@@ -170,6 +175,7 @@ def fuse(model: nn.Module, r1: Rotation) -> None:
                 linear.bias.copy_(r1.apply(centre(linear.bias.double())))
         for norm in (block.attention_norm, block.mlp_norm):
             norm.make_plain()
+    return gains
 
 
 def add_ends(model: nn.Module, r1: Rotation) -> None:

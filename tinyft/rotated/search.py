@@ -142,6 +142,7 @@ class Rotated:
 
     Attributes:
         choices: one a block, empty until `calibrate` or `apply`.
+        gains: by weight, how much smaller it is for the norm's scale that it took (`fuse`).
 
     Raises:
         InputError: a model or a recipe that cannot be.
@@ -152,6 +153,7 @@ class Rotated:
             raise InputError(" ".join(problems))
         self.model, self.recipe = model, recipe
         self.choices: list[Choice] = []
+        self.gains: dict[Tensor, float] = {}
         self.r1 = None
         family_of(model)
         if recipe.rotations != "none":
@@ -167,7 +169,7 @@ class Rotated:
                         )
         if self.r1 is not None:
             if arithmetic:
-                fuse(model, self.r1)
+                self.gains = fuse(model, self.r1)
             else:
                 for block in blocks_of(model):
                     block.attention_norm.make_plain()
