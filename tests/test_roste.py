@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -44,12 +45,17 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("rotations", ["all", "none"])
 def test_a_step_is_adamw_on_the_straight_through_gradient(rotations):
-    """Against a loop that everybody could write: parametrised weights and torch's optimizer."""
+    """Against a loop that everybody could write: parametrised weights and torch's optimizer. What
+    a norm's scale went into steps by as much less."""
     ours = tiny_model("llama")
+    for name, parameter in ours.named_parameters():
+        if "layernorm" in name:
+            parameter.data.mul_(0.1 if "input" in name else 0.3)
+    start = copy.deepcopy(ours)
     optimizer = tinyft.RoSTE(ours, lr=1e-2, rotations=rotations, clip=0.95, kv=4)
     lm = objective("lm")
     optimizer.prepare(lambda batch: lm(ours, batch), [batch_of(0)])
-    theirs = tiny_model("llama")
+    theirs = copy.deepcopy(start)
     copied = tinyft.RoSTE(theirs, rotations=rotations, clip=0.95, kv=4)
     copied.prepare(lambda batch: lm(theirs, batch), [batch_of(0)])
 
@@ -62,7 +68,16 @@ def test_a_step_is_adamw_on_the_straight_through_gradient(rotations):
             assert layer.quantiser == Quantiser(4, 0.95)
             layer.quantiser = None
             nn.utils.parametrize.register_parametrization(layer, "weight", Detached())
-    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    groups = []
+    for name, parameter in theirs.named_parameters():
+        gain = 1.0
+        for part, norm in (("self_attn", "input"), ("mlp", "post_attention")):
+            reads = part in name and "o_proj" not in name and "down_proj" not in name
+            if reads and rotations == "all":
+                scale = start.get_parameter(f"{name.split(f'.{part}')[0]}.{norm}_layernorm.weight")
+                gain = scale.square().mean().sqrt().item()
+        groups.append({"params": [parameter], "lr": 1e-2 * gain})
+    plain = torch.optim.AdamW(groups, weight_decay=0.0)
     expected = []
     for step in range(4):
         loss = lm(theirs, batch_of(step)).mean()
