@@ -39,11 +39,11 @@ def rotate_ref(x: Tensor, *, transposed: bool = False) -> Tensor:
     Raises:
         ValueError: no Hadamard matrix of that size is known here.
     """
-    return kron_product(x, *_factors(x.shape[-1], transposed, x.dtype, x.device))
+    return kron_product(x, *factors(x.shape[-1], transposed, x.dtype, x.device))
 
 
 @lru_cache(maxsize=32)
-def _factors(
+def factors(
     n: int, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """a, b so that R (or R') is their `kron_product`, of sizes that multiply fastest."""

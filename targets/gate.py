@@ -294,11 +294,12 @@ def still_packed(path: Path, packed: list[str]) -> int:
     return len(packed)
 
 
-def operators(folder: Path) -> list[str]:
+def operators(folder: Path, also: frozenset[str] = frozenset()) -> list[str]:
     """The operators of all graphs.
 
     Raises:
-        InputError: one is not in `OPERATORS`, or a graph has functions of its own.
+        InputError: one is neither in `OPERATORS` nor in `also`, or a graph has functions of its
+            own.
     """
     found = set()
     for path in sorted(folder.glob("*.onnx")):
@@ -306,7 +307,7 @@ def operators(folder: Path) -> list[str]:
         for node in graph.graph.node:
             name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             found.add(name)
-            if name not in OPERATORS:
+            if name not in OPERATORS | also:
                 raise InputError(
                     f"{path.name} needs the operator {name} for {', '.join(node.output)}, which is "
                     f"not among those known to run and to train as torch does. Nothing was written."

@@ -234,8 +234,15 @@ def with_inside(graph: Any, tensors: Tensors, inputs: Collection[str]) -> onnx.M
     del proto.graph.input[:]
     proto.graph.input.extend(kept)
     for name, tensor in tensors.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(tensor.numpy(), name))
+        proto.graph.initializer.append(_initializer(name, tensor))
     return proto
+
+
+def _initializer(name: str, tensor: Tensor) -> onnx.TensorProto:
+    if tensor.dtype != torch.bfloat16:
+        return onnx.numpy_helper.from_array(tensor.numpy(), name)
+    data = tensor.contiguous().view(torch.int16).numpy().tobytes()  # numpy has no such type
+    return onnx.helper.make_tensor(name, onnx.TensorProto.BFLOAT16, tensor.shape, data, raw=True)
 
 
 def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments: Tensors) -> Any:

@@ -20,7 +20,9 @@ from torch.func import functional_call
 from tinyft.checkpoint import write_directory_atomic
 from tinyft.errors import InputError
 from tinyft.models import load
+from tinyft.references import locate
 from tinyft.targets import device, gate, graphs
+from tinyft.targets.packed_inference import export_packed
 
 
 def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, Any]:
@@ -40,6 +42,12 @@ def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, 
     """
     if output.exists():
         raise InputError(f"--output {output} must be a new folder.")
+    if _is_packed(ref):
+        if int8:
+            raise InputError(
+                f"{ref} has packed weights, of fewer bits or as many: use --format inference."
+            )
+        return export_packed(ref, output)
     loaded = load(ref, dtype="float32")
     model = loaded.model
     model.set_attn_implementation("eager")
@@ -75,6 +83,14 @@ def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, 
             found |= {"agreement": float(agree)}
         found["bytes"] = sum(path.stat().st_size for path in work.glob("model.onnx*"))
     return found
+
+
+def _is_packed(ref: str | Path) -> bool:
+    """Whether a model, or what it was trained on, is one that RoSTE packed."""
+    source = locate(ref)
+    while source.form in ("adapter", "seed_log"):
+        source = locate(source.base)
+    return source.form == "packed"
 
 
 def _quantised(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, int]]:

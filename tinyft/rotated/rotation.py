@@ -178,16 +178,36 @@ def fuse(model: nn.Module, r1: Rotation) -> dict[Tensor, float]:
     return gains
 
 
+@dataclass(eq=False)
+class Ends:
+    """What turns the residual stream where it begins and where it ends.
+
+    Attributes:
+        rotation: R1, or whatever else has its `apply` and `undo`.
+        centred: the mean is taken out of every token first.
+    """
+
+    rotation: Rotation
+    centred: bool
+
+    def enter(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        """A forward hook for embeddings."""
+        return self.rotation.apply(_centred(out) if self.centred else out)
+
+    def leave(self, module: nn.Module, args: tuple) -> tuple:
+        """A forward pre-hook for the last norm."""
+        return (self.rotation.undo(args[0]), *args[1:])
+
+
 def add_ends(model: nn.Module, r1: Rotation) -> None:
-    """Rotate what the embeddings give, and turn back what the last norm gets."""
+    """Rotate what the embeddings give, and turn back what the last norm gets: `model.ends`."""
     family = family_of(model)
     backbone = model.base_model
     final = backbone.get_submodule(family.final_norm)
-    centre = _centred if isinstance(final, nn.LayerNorm) else _same
+    model.ends = Ends(r1, isinstance(final, nn.LayerNorm))
     for name in family.embeddings:
-        embedding = backbone.get_submodule(name)
-        embedding.register_forward_hook(lambda module, args, out: r1.apply(centre(out)))
-    final.register_forward_pre_hook(lambda module, args: (r1.undo(args[0]), *args[1:]))
+        backbone.get_submodule(name).register_forward_hook(model.ends.enter)
+    final.register_forward_pre_hook(model.ends.leave)
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -1,0 +1,196 @@
+"""`tinyft export --format inference` of a model that RoSTE packed: its linear weights stay packed.
+
+The graph computes in float32. So does, to compare, the packed model in torch; but where an
+activation lies within rounding errors of the middle between two codes, they take different ones,
+and a network of some hundred roundings makes much of it. Therefore torch is led: wherever it
+rounds, it goes on with the number that the graph has there. Each such number must be, to the
+tolerance, as near to torch's own as any of the quantiser's, and the logits torch's to the
+tolerance. How far apart both are when torch goes its own way is told as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tinyft.checkpoint import write_directory_atomic
+from tinyft.errors import InputError
+from tinyft.models import load
+from tinyft.rotated.quantisers import Quantiser
+from tinyft.targets import device, gate, graphs, rotated_graph
+
+_NODE = "MatMulNBits"
+
+
+def export_packed(ref: str | Path, output: Path) -> dict[str, Any]:
+    """Write the folder `output`.
+
+    Args:
+        ref: a packed model, or what was trained on one.
+
+    Returns:
+        `logit_error`: the largest of a logit, of the largest logit, torch being led; `flips`: the
+        share of activations that torch rounds to another code; `free_error`: as `logit_error`, but
+        root mean square and torch on its own; `agreement`: the share of tokens of same best guess
+        then; `packed_weights` and the `bytes` of the file.
+
+    Raises:
+        InputError: `output` exists, a weight has no packed form in a graph, or the graph is not
+            what torch computes; nothing is left behind.
+    """
+    if output.exists():
+        raise InputError(f"--output {output} must be a new folder.")
+    loaded, model = _in_float32(ref)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(3 * 17).view(3, 17) * 7919 % vocabulary
+    with write_directory_atomic(output) as work:
+        checked, shipped = work / "checked.onnx", work / "model.onnx"
+        weights = _write(model, getattr(torch, loaded.dtype), ids, shipped, checked)
+        del model
+        loaded.tokenizer.save_pretrained(work)
+        gate.operators(work, rotated_graph.OPERATORS)
+        found = _compared(_in_float32(ref)[1], ids, shipped, checked)
+        checked.unlink()
+        found["packed_weights"] = _kept(shipped, weights)
+        found["bytes"] = sum(path.stat().st_size for path in work.glob("model.onnx*"))
+    return found
+
+
+def _in_float32(ref: str | Path) -> tuple[Any, nn.Module]:
+    loaded = load(ref)
+    return loaded, loaded.model.float()
+
+
+def _write(
+    model: nn.Module, dtype: torch.dtype, ids: Tensor, path: Path, checked: Path
+) -> dict[str, int]:
+    """The graph, and another one on the same weights that tells what it has rounded.
+
+    Returns:
+        how many weights each packed tensor holds.
+    """
+    heard = rotated_graph.convert(model, dtype)
+
+    @torch.no_grad()
+    def run(tensors: graphs.Tensors) -> graphs.Tensors:
+        heard.clear()
+        ids = tensors["input_ids"]
+        # Causal: padding on the right changes nothing before it.
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        out = functional_call(model, graphs.tensors_of(model, tensors), (), inputs)
+        return {"logits": out.logits, **heard}
+
+    parameters, batch = graphs.frozen_of(model, []), {"input_ids": ids}
+    graph = graphs.trace(run, graphs.constants_of(model), parameters | batch)
+    proto = graphs.with_inside(graph, parameters, batch)
+    onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
+    onnx.save(proto, checked)  # its weights are the other's now
+    del proto.graph.output[1:]
+    onnx.save(proto, path)
+    layers = (m for m in model.modules() if isinstance(m, rotated_graph.GraphLinear))
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(m.codes)]: m.in_features * m.out_features for m in layers}
+
+
+def _compared(model: nn.Module, ids: Tensor, shipped: Path, checked: Path) -> dict[str, float]:
+    """See the module.
+
+    Raises:
+        InputError: the graph does not compute what the model does.
+    """
+    session = device.session(checked)
+    names = [value.name for value in session.get_outputs()]
+    results = dict(zip(names, session.run(None, {"input_ids": ids.numpy()}), strict=True))
+    got = {name: torch.from_numpy(array) for name, array in results.items()}
+    del session
+    (alone,) = device.session(shipped).run(None, {"input_ids": ids.numpy()})
+    alone = torch.from_numpy(alone)
+    with torch.no_grad():
+        free = model(ids).logits
+        guides = []
+        for place, owner, attribute in list(rotated_graph.places(model)):
+            guides.append(_Guide(place, getattr(owner, attribute), got[place]))
+            setattr(owner, attribute, guides[-1])
+        led = model(ids).logits
+    error = float((got["logits"] - led).abs().max() / led.abs().max())
+    if not error <= gate.TOLERANCE:
+        raise InputError(f"The graph's logits are off by {error:.2g}. Nothing was written.")
+    numbers = sum(guide.wanted.numel() for guide in guides)
+    return {
+        "logit_error": error,
+        "flips": sum(guide.flips for guide in guides) / max(numbers, 1),
+        "free_error": float((alone - free).square().mean().sqrt() / free.square().mean().sqrt()),
+        "agreement": float((alone.argmax(-1) == free.argmax(-1)).float().mean()),
+    }
+
+
+class _Guide:
+    """Stands for a quantiser: rounds to what the graph has, after a look whether that is right."""
+
+    symmetric, clipped, group = False, True, 0  # nothing that a fused kernel does
+
+    def __init__(self, place: str, quantiser: Quantiser, wanted: Tensor) -> None:
+        self.place, self.quantiser, self.wanted, self.flips = place, quantiser, wanted, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of `(..., n)`."""
+        rows, wanted = x.reshape(-1, x.shape[-1]), self.wanted.reshape(-1, x.shape[-1])
+        own = self.quantiser.round(rows)
+        s, _ = self.quantiser.grid(rows.clone())
+        # Off by the tolerance, of its range, a number is nearest to a code that is twice that
+        # farther from it than its own.
+        slack = 2 * gate.TOLERANCE * self.quantiser.top
+        farther = ((wanted - rows).abs() - (own - rows).abs()) / s
+        allowed = slack + self._undecided(rows, s, slack)
+        self.flips += int(((wanted - own).abs() > 0.5 * s).sum())
+        if not bool((farther <= allowed).all()):
+            raise InputError(
+                f"The graph rounds {self.place} as torch does not: by {float(farther.max()):.2g} "
+                f"steps. Nothing was written."
+            )
+        return self.wanted.view_as(x)
+
+    def _undecided(self, rows: Tensor, s: Tensor, slack: float) -> Tensor:
+        """1 for rows whose zero point lies in the middle between two: what they clip may be a step
+        farther. Else 0."""
+        if self.quantiser.symmetric:
+            return torch.zeros_like(s)
+        z = -self.quantiser.clip * rows.amin(1, keepdim=True).clamp(max=0) / s
+        return ((z - z.floor() - 0.5).abs() < slack).float()
+
+
+def _kept(path: Path, weights: dict[str, int]) -> int:
+    """How many weights are packed once the runtime has optimised the graph.
+
+    Raises:
+        InputError: it has made floats of some, or of a table in 16 bits.
+    """
+    written = onnx.load(path, load_external_data=False).graph
+    optimised = gate.optimised(path)
+    sizes = {tensor.name: _bytes(tensor) for tensor in optimised.initializer}
+    packed = {node.input[1] for node in optimised.node if node.op_type == _NODE}
+    exact = all(
+        attribute.i == 1
+        for node in optimised.node
+        if node.op_type == _NODE
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    )
+    before, after = sum(map(_bytes, written.initializer)), sum(sizes.values())
+    if not exact or not weights.keys() <= packed or after > 1.01 * before:
+        raise InputError(
+            f"onnxruntime {device.onnxruntime.__version__} makes {after:,} bytes of {before:,} of "
+            f"weights, {len(packed)} of {len(weights)} packed. Nothing was written."
+        )
+    return sum(weights.values())
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
