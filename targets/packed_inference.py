@@ -50,14 +50,13 @@ def export_packed(ref: str | Path, output: Path) -> dict[str, Any]:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(3 * 17).view(3, 17) * 7919 % vocabulary
     with write_directory_atomic(output) as work:
-        checked, shipped = work / "checked.onnx", work / "model.onnx"
-        weights = _write(model, getattr(torch, loaded.dtype), ids, shipped, checked)
+        path = work / "model.onnx"
+        weights = _write(model, getattr(torch, loaded.dtype), ids, path)
         del model
         loaded.tokenizer.save_pretrained(work)
         gate.operators(work, rotated_graph.OPERATORS)
-        found = _compared(_in_float32(ref)[1], ids, shipped, checked)
-        checked.unlink()
-        found["packed_weights"] = _kept(shipped, weights)
+        found = compare(_in_float32(ref)[1], path, ids)
+        found["packed_weights"] = still_packed(path, weights)
         found["bytes"] = sum(path.stat().st_size for path in work.glob("model.onnx*"))
     return found
 
@@ -67,10 +66,8 @@ def _in_float32(ref: str | Path) -> tuple[Any, nn.Module]:
     return loaded, loaded.model.float()
 
 
-def _write(
-    model: nn.Module, dtype: torch.dtype, ids: Tensor, path: Path, checked: Path
-) -> dict[str, int]:
-    """The graph, and another one on the same weights that tells what it has rounded.
+def _write(model: nn.Module, dtype: torch.dtype, ids: Tensor, path: Path) -> dict[str, int]:
+    """The graph, in which what is rounded is named by its place.
 
     Returns:
         how many weights each packed tensor holds.
@@ -89,32 +86,29 @@ def _write(
     parameters, batch = graphs.frozen_of(model, []), {"input_ids": ids}
     graph = graphs.trace(run, graphs.constants_of(model), parameters | batch)
     proto = graphs.with_inside(graph, parameters, batch)
-    onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
-    onnx.save(proto, checked)  # its weights are the other's now
     del proto.graph.output[1:]
-    onnx.save(proto, path)
+    data = f"{path.name}.data"
+    onnx.save(proto, path, save_as_external_data=True, location=data)
+    path.with_name(data).chmod(0o644)  # onnx makes it unreadable for others
     layers = (m for m in model.modules() if isinstance(m, rotated_graph.GraphLinear))
     names = {id(p): n for n, p in model.named_parameters()}
     return {names[id(m.codes)]: m.in_features * m.out_features for m in layers}
 
 
-def _compared(model: nn.Module, ids: Tensor, shipped: Path, checked: Path) -> dict[str, float]:
-    """See the module.
+def compare(model: nn.Module, path: Path, ids: Tensor) -> dict[str, float]:
+    """A graph with a packed model in float32, whose quantisers are replaced; see the module.
 
     Raises:
         InputError: the graph does not compute what the model does.
     """
-    session = device.session(checked)
-    names = [value.name for value in session.get_outputs()]
-    results = dict(zip(names, session.run(None, {"input_ids": ids.numpy()}), strict=True))
-    got = {name: torch.from_numpy(array) for name, array in results.items()}
-    del session
-    (alone,) = device.session(shipped).run(None, {"input_ids": ids.numpy()})
+    places = list(rotated_graph.places(model))
+    got = _with_roundings(path, ids, [place for place, _, _ in places])
+    (alone,) = device.session(path).run(None, {"input_ids": ids.numpy()})
     alone = torch.from_numpy(alone)
     with torch.no_grad():
         free = model(ids).logits
         guides = []
-        for place, owner, attribute in list(rotated_graph.places(model)):
+        for place, owner, attribute in places:
             guides.append(_Guide(place, getattr(owner, attribute), got[place]))
             setattr(owner, attribute, guides[-1])
         led = model(ids).logits
@@ -128,6 +122,22 @@ def _compared(model: nn.Module, ids: Tensor, shipped: Path, checked: Path) -> di
         "free_error": float((alone - free).square().mean().sqrt() / free.square().mean().sqrt()),
         "agreement": float((alone.argmax(-1) == free.argmax(-1)).float().mean()),
     }
+
+
+def _with_roundings(path: Path, ids: Tensor, places: list[str]) -> dict[str, Tensor]:
+    """The logits of a graph, and what it has rounded, read from inside it."""
+    checked = path.with_name("checked.onnx")  # beside the weights that it shares
+    proto = onnx.load(path, load_external_data=False)
+    for place in places:
+        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(place))
+    onnx.save(proto, checked)
+    try:
+        session = device.session(checked)
+    finally:
+        checked.unlink()
+    names = ["logits", *places]
+    results = session.run(names, {"input_ids": ids.numpy()})
+    return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
 
 
 class _Guide:
@@ -165,7 +175,7 @@ class _Guide:
         return ((z - z.floor() - 0.5).abs() < slack).float()
 
 
-def _kept(path: Path, weights: dict[str, int]) -> int:
+def still_packed(path: Path, weights: dict[str, int]) -> int:
     """How many weights are packed once the runtime has optimised the graph.
 
     Raises:

@@ -29,7 +29,6 @@ from torch.onnx.ops import symbolic
 from tinyft.errors import InputError
 from tinyft.kernels.hadamard_quant import factors
 from tinyft.kernels.int4_linear import Int4Weight
-from tinyft.rotated.families import family_of
 from tinyft.rotated.layers import QuantLinear
 from tinyft.rotated.quantisers import PackedWeight, Quantiser, unpack_codes
 from tinyft.rotated.rotation import blocks_of
@@ -38,7 +37,7 @@ OPERATORS = frozenset({"com.microsoft.MatMulNBits"})
 ATTENTION = "tinyft_graph"
 BLOCKS = (256, 128, 64, 32, 16)  # columns of a scale, for which MatMulNBits has fast products
 _DENSE = 128  # rotations up to this size are one product
-_HEAD_PARTS = 8
+WIDENED_ELEMENTS = 1 << 23  # of a table in 16 bits, at a time
 
 
 # Operators.
@@ -48,10 +47,10 @@ def matmul_nbits(x: Tensor, weight: nn.Module) -> Tensor:
     """`x W'` in float32, `(..., in)` -> `(..., out)`; zeros where no graph is traced.
 
     Args:
-        weight: with `codes` `(out, blocks, bytes)` uint8, of 4 bits the even columns in the low ones,
-            `scales` `(out, blocks)` float32, `zeros` `(out, bytes)` uint8, packed as codes are, or
-            None for `2^(bits - 1)`, `bits`, 4 or 8, and `in_features`: what the last block has
-            beyond them is unused.
+        weight: with `codes` `(out, blocks, bytes)` uint8, of 4 bits the even columns in the low
+            ones, `scales` `(out, blocks)` float32, `zeros` `(out, bytes)` uint8, packed as codes
+            are, or None for `2^(bits - 1)`, `bits`, 4 or 8, and `in_features`: what the last block
+            has beyond them is unused.
     """
     rows, _, size = weight.codes.shape
     inputs = (x, weight.codes, weight.scales, weight.zeros)
@@ -72,13 +71,12 @@ def matmul_nbits(x: Tensor, weight: nn.Module) -> Tensor:
     )
 
 
-def widened(table: Tensor, x: Tensor) -> Tensor:
-    """A 16-bit table `(n, d)` in float32, made when x is there and not before: a runtime would fold
-    the cast of a constant, and keep the wide table."""
+def after(table: Tensor, x: Tensor) -> Tensor:
+    """A constant `(n, d)` that is there when x `(B, T, ...)` is, and not before: a runtime would
+    fold what is computed of constants alone."""
     sizes = symbolic("Shape", (x,), {"start": 0, "end": 2}, dtype=torch.int64, shape=(2,))
     # Sizes of 0 are the tensor's own, and these follow from an input.
-    same = symbolic("Reshape", (table, 0 * sizes), dtype=table.dtype, shape=table.shape)
-    return same.float()
+    return symbolic("Reshape", (table, 0 * sizes), dtype=table.dtype, shape=table.shape)
 
 
 # Weights.
@@ -246,7 +244,11 @@ class GraphLinear(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits of a table, which may be that of the embeddings."""
+    """Logits of a table, which may be that of the embeddings.
+
+    One in 16 bits is widened for every product, some rows after the others: SmolLM2-135M's would
+    take 108 MiB.
+    """
 
     def __init__(self, weight: nn.Parameter, bias: Tensor | None) -> None:
         super().__init__()
@@ -254,8 +256,16 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, d)` -> `(B, T, vocabulary)`."""
+        parts: list[Tensor] = []
         narrow = self.weight.dtype != torch.float32
-        return F.linear(x, widened(self.weight, x) if narrow else self.weight, self.bias)
+        count = -(-self.weight.numel() // WIDENED_ELEMENTS) if narrow else 1
+        rows = -(-len(self.weight) // count)
+        for start in range(0, len(self.weight), rows):
+            # After the part before: a runtime would widen all of them first.
+            table = after(self.weight, parts[-1] if parts else x)
+            parts.append(F.linear(x, table[start : start + rows].float()))
+        y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return y if self.bias is None else y + self.bias
 
 
 class GraphKV(nn.Module):
@@ -338,7 +348,9 @@ def convert(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             if not layer.is_packed:
-                raise InputError(f"{name} has a weight in 16 bits: pack the model with --weights 4.")
+                raise InputError(
+                    f"{name} has a weight in 16 bits: pack the model with --weights 4."
+                )
             turned = turn(layer.in_features) if layer.rotate_input else None
             model.set_submodule(name, GraphLinear(layer, turned))
     _convert_ends(model, dtype)
