@@ -3,7 +3,8 @@
 `model.onnx` takes `input_ids` (B, T), padded on the right, and gives `logits` (B, T, V), causal;
 a classifier takes `attention_mask` (B, T), too, and gives (B, classes). No cache of keys and
 values. In the int8 form the linear weights of the blocks are int8 with a scale an output, behind
-DequantizeLinear nodes; activations, embeddings and the head stay in float32.
+DequantizeLinear nodes; activations, embeddings and the head stay in float32. What RoSTE packed has
+a graph of its own: see `packed_inference.py`.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ LAYERS = [
         *("tinyft.targets.graphs", "tinyft.targets.zeroth_graph", "tinyft.targets.gate"),
         *("tinyft.targets.device", "tinyft.targets.export", "tinyft.targets.inference"),
         *("tinyft.targets.artefacts", "tinyft.targets.ort_training", "tinyft.targets.packed_base"),
+        *("tinyft.targets.packed_inference", "tinyft.targets.rotated_graph"),
     ],
     ["tinyft.planning", "tinyft.plan_view"],
     ["tinyft.train", "tinyft.library", "tinyft.demo", "tinyft.benchmark"],

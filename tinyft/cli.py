@@ -288,8 +288,9 @@ def _fill_export(parser: argparse.ArgumentParser) -> None:
         choices=("onnx", "packed", "inference", "inference-int8"),
         default="onnx",
         help="onnx: graphs that train; inference, inference-int8: a trained model, merged, as a "
-        "graph of its logits, in float32 or with int8 weights; packed: a model rotated and "
-        "quantised as for --method roste, without training, or what a run left (default: onnx)",
+        "graph of its logits, in float32 (a packed model's weights stay packed) or with int8 "
+        "weights; packed: a model rotated and quantised as for --method roste, without training, "
+        "or what a run left (default: onnx)",
     )
     parser.set_defaults(run=_export)
 
@@ -333,6 +334,7 @@ def _export_inference(arguments: argparse.Namespace) -> int:
         print(
             f"{arguments.output}/model.onnx, {found['bytes'] / 2**20:.1f} MiB: logits as torch's, "
             f"to {found['logit_error']:.1e} of the largest"
+            + (", where both round alike" if "flips" in found else "")
         )
     return 0
 
