@@ -149,7 +149,7 @@ def _quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(arguments.threads)
     packed = arguments.work / "model-packed"
     loaded = tinyft.load(packed)
-    examples, _ = read_source("film-reviews:test", None, False)
+    examples, _ = read_source("film-reviews:dev", None, False)
     rows = [_encoded(example, loaded.tokenizer) for example in examples.items[: arguments.rows]]
 
     def in_torch(model: torch.nn.Module) -> list[np.ndarray]:
