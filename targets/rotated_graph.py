@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,38 +146,35 @@ def _packed(q: Tensor, bits: int) -> Tensor:
 
 
 class Turn(nn.Module):
-    """`x H / sqrt(n)`, or by H' if transposed: as `kernels/hadamard_quant.py` rotates."""
+    """`x R` or, transposed, `x R'`: `kernels/hadamard_quant.py` without signs, R1 with them."""
 
-    def __init__(self, n: int, *, transposed: bool = False) -> None:
+    def __init__(self, n: int, signs: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
         a, b = factors(n, transposed, torch.float32, torch.device("cpu"))
         a = a.T.contiguous()
+        self.transposed = transposed
         self.register_buffer("a", None if n <= _DENSE else a)
         self.register_buffer("b", torch.kron(a, b) if n <= _DENSE else b)
+        self.register_buffer("signs", None if signs is None else signs.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., n)`."""
+        if self.signs is None:
+            return self._turned(x)
+        return self._turned(x) * self.signs if self.transposed else self._turned(x * self.signs)
+
+    def _turned(self, x: Tensor) -> Tensor:
         if self.a is None:
             return x @ self.b
         y = x.unflatten(-1, (len(self.a), len(self.b))) @ self.b
         return (y.transpose(-1, -2) @ self.a).transpose(-1, -2).flatten(-2)
 
 
-class Residual(nn.Module):
-    """R1, as `rotation.Rotation` has it."""
+class Residual(NamedTuple):
+    """R1, in the place of a `rotation.Rotation`."""
 
-    def __init__(self, signs: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("signs", signs.float())
-        self.turn, self.back = Turn(len(signs)), Turn(len(signs), transposed=True)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """`x R`."""
-        return self.turn(x * self.signs)
-
-    def undo(self, x: Tensor) -> Tensor:
-        """`x R'`."""
-        return self.back(x) * self.signs
+    apply: Turn
+    undo: Turn
 
 
 class Rounding:
@@ -372,4 +369,7 @@ def _convert_ends(model: nn.Module, dtype: torch.dtype) -> None:
     embeddings.register_forward_hook(lambda module, args, out: out.float(), prepend=True)
     model.set_output_embeddings(Head(weight, head.bias))
     if (ends := getattr(model, "ends", None)) is not None:
-        model.residual = ends.rotation = Residual(ends.rotation.signs)
+        signs = ends.rotation.signs
+        turn, back = Turn(len(signs), signs), Turn(len(signs), signs, transposed=True)
+        ends.rotation = Residual(turn, back)
+        model.residual = nn.ModuleList((turn, back))  # so that the graph has their factors

@@ -19,6 +19,7 @@ from tinyft.kernels.int4_linear import EVERY, pack_int4
 from tinyft.models import load
 from tinyft.rotated import artefact
 from tinyft.rotated.quantisers import PackedWeight, Quantiser
+from tinyft.rotated.rotation import Rotation
 from tinyft.targets import gate, rotated_graph
 from tinyft.targets.packed_inference import compare, export_packed, still_packed
 
@@ -205,4 +206,8 @@ def test_turning_is_the_rotation(n, transposed):
     x = torch.randn(3, 5, n)
     want = rotate_ref(x.double(), transposed=transposed).float()
     got = rotated_graph.Turn(n, transposed=transposed)(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    r1 = Rotation.random(n, seed=1)
+    want = (r1.undo if transposed else r1.apply)(x.double()).float()
+    got = rotated_graph.Turn(n, r1.signs, transposed=transposed)(x)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
