@@ -37,10 +37,10 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 PLAIN = "16 bits"
 TRAINED = {
-    "STE": ["--method=roste", "--rotations=none", "--lr=1e-4"],
-    "STE, all rotations": ["--method=roste", "--rotations=all", "--lr=1e-4"],
-    "RoSTE": ["--method=roste", "--rotations=adaptive", "--lr=1e-4"],
-    "RoSTE, frozen int4": ["--method=roste", "--trainable=lora", "--lr=5e-4"],
+    "STE": ["--method=roste", "--rotations=none", "--lr=5e-5"],
+    "STE, all rotations": ["--method=roste", "--rotations=all", "--lr=5e-5"],
+    "RoSTE": ["--method=roste", "--rotations=adaptive", "--lr=5e-5"],
+    "RoSTE, frozen int4": ["--method=roste", "--trainable=lora", "--lr=1e-3"],
     "RoSTE, MeZO": ["--method=roste_mezo", "--lr=5e-3", "--eps=1e-2"],
 }
 ROUNDED = {"RTN": ["--rotations=none", "--clip=1"], "rotation + RTN": ["--rotations=all"]}
@@ -101,7 +101,7 @@ class Bench:
         flags = [f"--model={MODEL}", *self.shape, *flags, f"--seed={self.seed}"]
         flags += [f"--steps={max(2, round(steps * self.share))}"]
         if "MeZO" not in row:
-            flags += [f"--warmup={round(5 * self.share)}"]
+            flags += [f"--warmup={round(10 * self.share)}"]
         train(flags, output)
         return output
 
