@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -243,6 +244,13 @@ def _initializer(name: str, tensor: Tensor) -> onnx.TensorProto:
         return onnx.numpy_helper.from_array(tensor.numpy(), name)
     data = tensor.contiguous().view(torch.int16).numpy().tobytes()  # numpy has no such type
     return onnx.helper.make_tensor(name, onnx.TensorProto.BFLOAT16, tensor.shape, data, raw=True)
+
+
+def save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, and its weights beside it."""
+    data = path.with_name(f"{path.name}.data")
+    onnx.save(proto, path, save_as_external_data=True, location=data.name)
+    data.chmod(path.stat().st_mode)  # onnx makes it unreadable for others
 
 
 def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments: Tensors) -> Any:

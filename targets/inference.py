@@ -147,7 +147,7 @@ def _write(model: nn.Module, weights: dict, batch: dict[str, Tensor], path: Path
         inputs = [f"{name}/int8", f"{name}/scale"]
         node = onnx.helper.make_node("DequantizeLinear", inputs, [name], axis=axis)
         proto.graph.node.insert(0, node)
-    onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
+    graphs.save(proto, path)
 
 
 def _kept(path: Path, weights: dict) -> int:

@@ -87,9 +87,7 @@ def _write(model: nn.Module, dtype: torch.dtype, ids: Tensor, path: Path) -> dic
     graph = graphs.trace(run, graphs.constants_of(model), parameters | batch)
     proto = graphs.with_inside(graph, parameters, batch)
     del proto.graph.output[1:]
-    data = f"{path.name}.data"
-    onnx.save(proto, path, save_as_external_data=True, location=data)
-    path.with_name(data).chmod(0o644)  # onnx makes it unreadable for others
+    graphs.save(proto, path)
     layers = (m for m in model.modules() if isinstance(m, rotated_graph.GraphLinear))
     names = {id(p): n for n, p in model.named_parameters()}
     return {names[id(m.codes)]: m.in_features * m.out_features for m in layers}
