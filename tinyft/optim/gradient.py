@@ -147,7 +147,8 @@ class GradientOptimizer(Optimizer):
         """Update `parameter` by its gradient, and free that."""
         self.clean = False
         state = self._state_of(parameter)
-        self.rule.step(parameter, parameter.grad, state, group, self._places[parameter])
+        place = self._places.setdefault(parameter, len(self._places))
+        self.rule.step(parameter, parameter.grad, state, group, place)
         parameter.grad = None
         if parameter.numel() >= _LARGE:
             self._heap.check()
