@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from tinyft.losses import check_head
 from tinyft.optim.base import register
-from tinyft.optim.gradient import GradientOptimizer
+from tinyft.optim.gradient import GradientArguments, GradientOptimizer
 
 
 @register("full")
@@ -30,40 +31,16 @@ class Full(GradientOptimizer):
     layers_alike = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 2e-5,
-        *,
-        weight_decay: float = 0.0,
-        optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        grad_clip: float | None = None,
-        grad_accumulation: int = 1,
-        checkpointing: str = "selective",
+        self, model: nn.Module, lr: float = 2e-5, **common: Unpack[GradientArguments]
     ) -> None:
-        super().__init__(
-            model,
-            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-            lr,
-            weight_decay=weight_decay,
-            optimizer=optimizer,
-            betas=betas,
-            eps=eps,
-            grad_clip=grad_clip,
-            grad_accumulation=grad_accumulation,
-            checkpointing=checkpointing,
-        )
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        super().__init__(model, named, lr, **common)
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> Full:
         model.requires_grad_(True).train()
         check_head(model)
-        return cls(
-            model,
-            config.lr,
-            **cls.arguments(config),
-        )
+        return cls(model, config.lr, **cls.arguments(config))
 
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         from tinyft.models import save_model

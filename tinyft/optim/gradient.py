@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from tinyft.activations import MODES, keeping
 from tinyft.errors import InputError
@@ -24,6 +25,18 @@ from tinyft.optim.base import Optimizer, call_per_example, check_finite
 from tinyft.updates import update_rule
 
 _LARGE = 1 << 18  # elements of a gradient worth a look at the heap when it is freed
+
+
+class GradientArguments(TypedDict, total=False):
+    """What every method with gradients can be told; `GradientOptimizer` says what it means."""
+
+    weight_decay: float
+    optimizer: str
+    betas: tuple[float, float]
+    eps: float
+    grad_clip: float | None
+    grad_accumulation: int
+    checkpointing: str
 
 
 class GradientOptimizer(Optimizer):

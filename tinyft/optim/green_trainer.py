@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from tinyft.adapters import adapter_arguments, adapters, inject, save_adapter
 from tinyft.backward_cost import BackwardCost, trace
@@ -49,7 +50,7 @@ from tinyft.errors import InputError
 from tinyft.importance import first_order, published, undisturbed
 from tinyft.losses import check_head
 from tinyft.optim.base import call_per_example, check_finite, register
-from tinyft.optim.gradient import GradientOptimizer, size_of, split
+from tinyft.optim.gradient import GradientArguments, GradientOptimizer, size_of, split
 from tinyft.plots import selection_plot
 from tinyft.selection import Selection, saved_flops, select
 
@@ -148,13 +149,7 @@ class GreenTrainer(GradientOptimizer):
         choose: str = "importance",
         importance: str = "first-order",
         smoothing: float = 0.5,
-        weight_decay: float = 0.0,
-        optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        grad_clip: float | None = None,
-        grad_accumulation: int = 1,
-        checkpointing: str = "selective",
+        **common: Unpack[GradientArguments],
     ) -> None:
         self.options = GreenTrainerOptions(
             rho, memory_bytes, reselect, choose, importance, smoothing
@@ -165,18 +160,7 @@ class GreenTrainer(GradientOptimizer):
             problems.append("The model has no parameter with requires_grad=True: nothing to train.")
         if problems:
             raise InputError(" ".join(problems))
-        super().__init__(
-            model,
-            named,
-            lr,
-            weight_decay=weight_decay,
-            optimizer=optimizer,
-            betas=betas,
-            eps=eps,
-            grad_clip=grad_clip,
-            grad_accumulation=grad_accumulation,
-            checkpointing=checkpointing,
-        )
+        super().__init__(model, named, lr, **common)
         self.names = [name for name, _ in named]
         self.candidates: list[nn.Parameter] = [parameter for _, parameter in named]
         self.history: list[Selection] = []

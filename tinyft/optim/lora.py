@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from tinyft.adapters import (
     LoRALinear,
@@ -23,9 +24,19 @@ from tinyft.adapters import (
 )
 from tinyft.losses import check_head
 from tinyft.optim.base import register
-from tinyft.optim.gradient import GradientOptimizer
+from tinyft.optim.gradient import GradientArguments, GradientOptimizer
 
 __all__ = ["LoRA", "LoRALinear", "inject", "load_adapter", "merge", "remove", "save_adapter"]
+
+
+class LoRAArguments(GradientArguments, total=False):
+    """What every method on adapters can be told as well; see `LoRA`."""
+
+    rank: int
+    alpha: float
+    targets: str | Sequence[str]
+    dropout: float
+    seed: int
 
 
 @register("lora")
@@ -62,39 +73,18 @@ class LoRA(GradientOptimizer):
         targets: str | Sequence[str] = "all-linear",
         dropout: float = 0.0,
         seed: int = 0,
-        weight_decay: float = 0.0,
-        optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        grad_clip: float | None = None,
-        grad_accumulation: int = 1,
-        checkpointing: str = "selective",
+        **common: Unpack[GradientArguments],
     ) -> None:
         if not adapters(model):
             inject(model, rank, alpha, dropout, targets, seed)
-        super().__init__(
-            model,
-            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-            lr,
-            weight_decay=weight_decay,
-            optimizer=optimizer,
-            betas=betas,
-            eps=eps,
-            grad_clip=grad_clip,
-            grad_accumulation=grad_accumulation,
-            checkpointing=checkpointing,
-        )
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        super().__init__(model, named, lr, **common)
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> LoRA:
         model.train()
         check_head(model)
-        return cls(
-            model,
-            config.lr,
-            **adapter_arguments(config),
-            **cls.arguments(config),
-        )
+        return cls(model, config.lr, **adapter_arguments(config), **cls.arguments(config))
 
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         save_adapter(model, directory, base)

@@ -31,12 +31,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from tinyft.adapters import adapter_arguments, inject
 from tinyft.errors import InputError
 from tinyft.losses import check_head
 from tinyft.optim.base import Optimizer, register
-from tinyft.optim.gradient import GradientOptimizer, size_of
+from tinyft.optim.gradient import GradientArguments, GradientOptimizer, size_of
 from tinyft.optim.mezo import MeZO, MeZOOptions
 from tinyft.plots import rotation_plot
 from tinyft.rotated import artefact
@@ -233,13 +234,7 @@ class RoSTE(_Quantising, GradientOptimizer):
         targets: str | Sequence[str] = "all-linear",
         dropout: float = 0.0,
         seed: int = 0,
-        weight_decay: float = 0.0,
-        optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        grad_clip: float | None = None,
-        grad_accumulation: int = 1,
-        checkpointing: str = "selective",
+        **common: Unpack[GradientArguments],
     ) -> None:
         options = RoSTEOptions(weights, activations, kv, rotations, clip, symmetric, group, ste)
         frozen = trainable == "lora"
@@ -248,18 +243,8 @@ class RoSTE(_Quantising, GradientOptimizer):
             _on_packed_base(model, rank, alpha, dropout, targets, seed)
         else:
             model.requires_grad_(True)
-        super().__init__(
-            model,
-            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-            lr,
-            weight_decay=weight_decay,
-            optimizer=optimizer,
-            betas=betas,
-            eps=eps,
-            grad_clip=grad_clip,
-            grad_accumulation=grad_accumulation,
-            checkpointing=checkpointing,
-        )
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        super().__init__(model, named, lr, **common)
 
     def _use(self, parameter: Tensor, group: dict[str, Any]) -> None:
         # Adam's steps are as large for a weight that took a norm's small scale (SmolLM2: 0.03 to

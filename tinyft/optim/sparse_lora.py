@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from tinyft.adapters import adapter_arguments
 from tinyft.assets import cache_directory
@@ -40,7 +41,7 @@ from tinyft.importance import undisturbed
 from tinyft.losses import check_head
 from tinyft.optim.base import call_per_example, check_finite, register
 from tinyft.optim.gradient import size_of, split
-from tinyft.optim.lora import LoRA
+from tinyft.optim.lora import LoRA, LoRAArguments
 from tinyft.sparse.estimator import estimators, side_by_side
 from tinyft.sparse.layers import Context, find
 from tinyft.sparse.schedule import LEVELS, Key, costs, read, solve, summary, write
@@ -154,18 +155,7 @@ class SparseLoRA(LoRA):
         calibration_batches: int = 2,
         cache: Path | None = None,
         break_even: bool = True,
-        rank: int = 8,
-        alpha: float = 16.0,
-        targets: str | Sequence[str] = "all-linear",
-        dropout: float = 0.0,
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        grad_clip: float | None = None,
-        grad_accumulation: int = 1,
-        checkpointing: str = "selective",
+        **common: Unpack[LoRAArguments],
     ) -> None:
         self.options = SparseLoRAOptions(
             str(sparsity),
@@ -180,22 +170,7 @@ class SparseLoRA(LoRA):
         )
         if problems := self.options.problems():
             raise InputError(" ".join(problems))
-        super().__init__(
-            model,
-            lr,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            dropout=dropout,
-            seed=seed,
-            weight_decay=weight_decay,
-            optimizer=optimizer,
-            betas=betas,
-            eps=eps,
-            grad_clip=grad_clip,
-            grad_accumulation=grad_accumulation,
-            checkpointing=checkpointing,
-        )
+        super().__init__(model, lr, **common)
         self.context = Context(None, {}, break_even, block)
         self.cache = cache
         self._mlps, self._attentions = find(
