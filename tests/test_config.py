@@ -62,6 +62,13 @@ def test_gradients_take_larger_rates_on_narrower_models():
     assert build(method="lora", lr=1e-3).with_lr(wide(32)).lr == 1e-3
 
 
+def test_none_is_a_word_where_it_is_a_choice():
+    """And where a value may be missing, it says so."""
+    config = build(method="roste", rotations="none", clip="none", checkpointing="none", lr="none")
+    assert (config.options.rotations, config.options.clip) == ("none", None)
+    assert (config.checkpointing, config.lr) == ("none", None)
+
+
 def test_a_zero_learning_rate_is_kept():
     assert build(method="mezo", lr=0).lr == 0.0
 

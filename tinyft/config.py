@@ -424,9 +424,14 @@ def _absent(name: str, value: Any) -> bool:
     """None, or the word "none" for a field that may be None: not given."""
     if value is None:
         return True
-    info = TrainConfig.model_fields.get(name)
-    optional = info is None or info.default is None
-    return optional and isinstance(value, str) and value.lower() in ("none", "null")
+    if not isinstance(value, str) or value.lower() not in ("none", "null"):
+        return False
+    from tinyft.optim import METHODS
+
+    if name in TrainConfig.model_fields:
+        return TrainConfig.model_fields[name].default is None
+    own = [f for m in METHODS.values() for f in dataclasses.fields(m.Options) if f.name == name]
+    return all(f.default is None for f in own)
 
 
 def _plain(value: Any) -> Any:
