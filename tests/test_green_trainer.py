@@ -501,7 +501,7 @@ def test_adapters_come_by_attaching(tiny_model_dir, tmp_path):
         **{"trainable": "lora", "output": tmp_path / "out", "device": "cpu"},
     }
     result = run(tinyft.TrainConfig.build(values))
-    assert adapters(result.model) and result.report["config"]["lr"] == 3.2e-3
+    assert adapters(result.model) and result.report["config"]["lr"] == 8e-4
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
