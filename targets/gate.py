@@ -200,6 +200,11 @@ def _autograd(job: Any, batch: Batch) -> dict[str, torch.Tensor]:
     return dict(zip(job.names, torch.autograd.grad(loss, parameters), strict=True))
 
 
+def largest_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of a number, over the largest number."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
 def _errors(found: Mapping[str, Any], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
     """The largest error of each tensor, of its largest entry."""
     largest = max(float(g.abs().max()) for g in wanted.values())

@@ -76,12 +76,13 @@ def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, 
         feeds = {name: tensor.numpy() for name, tensor in batch.items()}
         got = torch.from_numpy(session.run(None, feeds)[0])
         seen = mask.bool() if got.dim() == 3 else slice(None)
-        error = _error(got[seen], want[seen])
+        error = gate.largest_error(got[seen], want[seen])
         found = {"logit_error": error}
         if not error <= gate.TOLERANCE:  # as far as torch's own float32 is from float64?
             with torch.no_grad():
                 exact = model.double()(**inputs).logits
-            own, error = _error(want[seen], exact[seen]), _error(got[seen], exact[seen])
+            own = gate.largest_error(want[seen], exact[seen])
+            error = gate.largest_error(got[seen], exact[seen])
             found |= {"error_in_float64": error, "error_of_torch_in_float64": own}
             if not error <= 2 * own + gate.TOLERANCE:
                 raise InputError(f"The graph's logits are off by {error:.2g}. Nothing was written.")
@@ -91,11 +92,6 @@ def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, 
             found |= {"agreement": float(agree)}
         found["bytes"] = sum(path.stat().st_size for path in work.glob("model.onnx*"))
     return found
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """The largest, of the largest number."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def _is_packed(ref: str | Path) -> bool:

@@ -111,7 +111,7 @@ def compare(model: nn.Module, path: Path, ids: Tensor) -> dict[str, float]:
             setattr(owner, attribute, guides[-1])
         led = model(ids).logits
     # Telling what it rounds, the graph must not be another one to the runtime.
-    error, apart = _error(got["logits"], led), _error(alone, got["logits"])
+    error, apart = gate.largest_error(got["logits"], led), gate.largest_error(alone, got["logits"])
     if not max(error, apart) <= gate.TOLERANCE:
         raise InputError(
             f"The graph's logits are off by {max(error, apart):.2g}. Nothing was written."
@@ -123,11 +123,6 @@ def compare(model: nn.Module, path: Path, ids: Tensor) -> dict[str, float]:
         "free_error": float((alone - free).square().mean().sqrt() / free.square().mean().sqrt()),
         "agreement": float((alone.argmax(-1) == free.argmax(-1)).float().mean()),
     }
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """The largest, of the largest number."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def _with_roundings(path: Path, ids: Tensor, places: list[str]) -> dict[str, Tensor]:

@@ -27,6 +27,11 @@ def rounding_noise(seed: int, step: int, device: torch.device | str = "cpu") -> 
     return half_words.repeat(2)
 
 
+def offset_of(tensor: int, block: int) -> int:
+    """Where in a step's noise a block of a tensor begins: others elsewhere."""
+    return (tensor * 40503 + block * 9973) % NOISE_SIZE
+
+
 def store(wide: Tensor, out: Tensor, noise: Tensor, offset: int = 0) -> None:
     """Round `wide` into `out`.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tinyft.errors import InputError
-from tinyft.rounding import NOISE_SIZE, rounding_noise, store
+from tinyft.rounding import NOISE_SIZE, offset_of, rounding_noise, store
 
 _PIECE = 1 << 18  # numbers widened at a time, 1 MB of float32: what a cache holds
 
@@ -29,13 +29,18 @@ class UpdateRule(Protocol):
 
     Args:
         group: the parameter's: `lr`, `weight_decay`, `betas`, `eps`.
-        place: which of all parameters it is: each is rounded by other random bits.
+        at: the optimizer's step, and which of its parameters this is: each rounds by other bits.
     """
 
     def start(self, parameter: Tensor) -> State: ...
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        at: tuple[int, int] = (0, 0),
     ) -> None: ...
 
 
@@ -46,10 +51,11 @@ class _Widened:
         self._noise: tuple[Any, Tensor] | None = None
 
     def pieces(
-        self, tensors: tuple[Tensor, ...], read: int, step: int, place: int
+        self, tensors: tuple[Tensor, ...], read: int, at: tuple[int, int]
     ) -> Iterator[list[Tensor]]:
         """Pieces, one of each tensor, widened if the first is of 16 bits. They are stored when the
         next are asked for, but for the last `read` tensors'."""
+        step, place = at
         noise = self._of(step, tensors[0].device) if _is_widened(tensors[0]) else None
         written = len(tensors) - read
         flat = [t.view(-1) for t in tensors[:written]] + [t.reshape(-1) for t in tensors[written:]]
@@ -60,7 +66,7 @@ class _Widened:
             wide = [t.float() for t in part]
             yield wide
             for k in range(written):
-                offset = (place * 40503 + i * 9973 + k * 25013) % NOISE_SIZE
+                offset = (offset_of(place, i) + k * 25013) % NOISE_SIZE
                 store(wide[k], part[k], noise, offset)
 
     def _of(self, step: int, device: torch.device) -> Tensor:
@@ -85,14 +91,19 @@ class AdamW(_Widened):
         }
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        at: tuple[int, int] = (0, 0),
     ) -> None:
         tensors = (parameter, state["exp_avg"], state["exp_avg_sq"], grad)
         if not _is_widened(parameter):
             self._update(*tensors, state["step"], group)
             return
         before = state["step"].clone()
-        for wide in self.pieces(tensors, 1, int(before), place):
+        for wide in self.pieces(tensors, 1, at):
             self._update(*wide, state["step"].copy_(before), group)
 
     @staticmethod
@@ -124,28 +135,26 @@ class AdamW(_Widened):
 
 
 class SGD(_Widened):
-    """`w -= lr (g + weight_decay w)`; no momentum: the state of 16-bit weights is a count of steps,
-    by which they are rounded."""
+    """`w -= lr (g + weight_decay w)`; no momentum, hence no state."""
 
     def start(self, parameter: Tensor) -> State:
-        return {"step": torch.zeros(())} if _is_widened(parameter) else {}
+        return {}
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        at: tuple[int, int] = (0, 0),
     ) -> None:
-        if not _is_widened(parameter):
-            self._update(parameter, grad, group)
-            return
-        for wide in self.pieces((parameter, grad), 1, int(state["step"]), place):
-            self._update(*wide, group)
-        state["step"] += 1
-
-    @staticmethod
-    def _update(parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(grad, alpha=-group["lr"])
+        is_widened = _is_widened(parameter)
+        pieces = self.pieces((parameter, grad), 1, at) if is_widened else [(parameter, grad)]
+        for p, g in pieces:
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(g, alpha=-group["lr"])
 
 
-class AdamW8bit(_Widened):
+class AdamW8bit(AdamW):
     """AdamW with moments in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
 
     Small parameters keep whole moments, as in `bitsandbytes.optim.AdamW8bit`.
@@ -161,7 +170,7 @@ class AdamW8bit(_Widened):
 
     def start(self, parameter: Tensor) -> State:
         if parameter.numel() < self.small:
-            return AdamW().start(parameter)
+            return super().start(parameter)
         blocks = -(-parameter.numel() // self.block)
         absmax = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
         return {
@@ -173,10 +182,15 @@ class AdamW8bit(_Widened):
         }
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: dict[str, Any], place: int = 0
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        at: tuple[int, int] = (0, 0),
     ) -> None:
         if "state1" not in state:
-            return AdamW().step(parameter, grad, state, group, place)
+            return super().step(parameter, grad, state, group, at)
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
         state["step"] += 1
@@ -184,7 +198,7 @@ class AdamW8bit(_Widened):
         signed, unsigned = _codes(parameter.device)
         moments = [state[name].view(-1).split(_PIECE) for name in ("state1", "state2")]
         scales = [state[name].split(_PIECE // self.block) for name in ("absmax1", "absmax2")]
-        pieces = self.pieces((parameter, grad), 1, int(state["step"]), place)
+        pieces = self.pieces((parameter, grad), 1, at)
         for (p, g), state1, state2, absmax1, absmax2 in zip(pieces, *moments, *scales, strict=True):
             optimizer_update_8bit_blockwise(
                 "adam",

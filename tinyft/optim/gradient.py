@@ -161,7 +161,7 @@ class GradientOptimizer(Optimizer):
         self.clean = False
         state = self._state_of(parameter)
         place = self._places.setdefault(parameter, len(self._places))
-        self.rule.step(parameter, parameter.grad, state, group, place)
+        self.rule.step(parameter, parameter.grad, state, group, (self.steps, place))
         parameter.grad = None
         if parameter.numel() >= _LARGE:
             self._heap.check()

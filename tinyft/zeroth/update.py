@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyft.kernels.dispatch import choose
 from tinyft.kernels.perturbed_linear import subtract_direction_triton_
-from tinyft.rounding import NOISE_SIZE, rounding_noise, store
+from tinyft.rounding import NOISE_SIZE, offset_of, rounding_noise, store
 from tinyft.zeroth.directions import Draw, matrix_shape
 
 # Elements of a block: 1 MB in float32, so that its passes stay in the second-level cache. Smaller
@@ -76,4 +76,4 @@ def update_(
 
 def _offset(t: int, start: int, n: int) -> int:
     """Where in the step's noise a block of n weights begins."""
-    return 0 if n > NOISE_SIZE else (t * 40503 + start * 9973) % NOISE_SIZE
+    return 0 if n > NOISE_SIZE else offset_of(t, start)
