@@ -46,7 +46,7 @@ TRAINED = {
 ROUNDED = {"RTN": ["--rotations=none", "--clip=1"], "rotation + RTN": ["--rotations=all"]}
 GPTQ = "GPTQ"
 ROWS = (*ROUNDED, GPTQ, *TRAINED)
-DECIDING = (PLAIN, "rotation + RTN", "STE, all rotations", "RoSTE")  # and at W4A8KV8
+DECIDING = (PLAIN, GPTQ, "rotation + RTN", "STE", "STE, all rotations", "RoSTE")  # at W4A8KV8
 KEY = ("task", "bits", "row", "seed")
 
 
