@@ -13,8 +13,8 @@ from tinyft.models import outline
 from tinyft.pricing import Job, _look, _traced
 
 LAYERS = 11
-WIDE = {
-    "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
+WIDE = {  # the first with an embedding whose update is most of a backward pass's operations
+    "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 160_000},
     "gemma2": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},  # two kinds of layers
     "gpt2": {"n_embd": 128},
     "bert": {"hidden_size": 128, "intermediate_size": 512},
@@ -24,6 +24,7 @@ WAYS = [
     {"method": "lora", "checkpointing": "full", "batch_size": 2, "grad_accumulation": 4},
     {"method": "full", "checkpointing": "none", "optimizer": "sgd"},
     {"method": "full", "checkpointing": "selective"},
+    {"method": "full", "checkpointing": "selective", "dtype": "bfloat16"},
     {"method": "mezo"},
 ]
 

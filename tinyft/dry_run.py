@@ -81,12 +81,17 @@ class DryRun(TorchDispatchMode):
         self.peak_bytes = self.live_bytes
         self._blocks = [block for block in self._blocks if block.died is None]
         self._phases: list[tuple[int, bool]] = []  # first operation, of a backward pass?
+        self._marks: list[int] = []
         self._history = [(self._now, self.live_bytes)]
 
     def label(self, tensors: Any, kind: str) -> None:
         """Say what some tensors are ("weights", "optimizer", ...), for `peaks`."""
         for tensor in tensors:
             self._track(tensor).kind = kind
+
+    def mark(self) -> None:
+        """Say that a backward pass has come on, as it does equally often in every layer."""
+        self._marks.append(self._now)
 
     def peaks(self) -> list[dict[str, int]]:
         """Bytes alive, by kind, at the peak of each forward pass and of each half of each backward
@@ -95,11 +100,14 @@ class DryRun(TorchDispatchMode):
         From layer to layer as much comes to life or dies. So a forward pass has its peak at its
         end, a backward pass at one of its ends, and with more layers of the same kind each of
         these peaks is higher by as much for every layer. Of the highest among them that is not so.
+        Half of a backward pass is half of its `mark`s, if there are any: what comes before and
+        after the layers, a head's loss or an embedding's update, may have most of the operations.
         """
         starts = [start for start, _ in self._phases] + [self._now + 1]
         parts = []
         for (start, backward), end in zip(self._phases, starts[1:], strict=True):
-            middle = (start + end) // 2
+            marks = self._marks[bisect_left(self._marks, start) : bisect_left(self._marks, end)]
+            middle = marks[len(marks) // 2] if marks else (start + end) // 2
             parts += [(start, middle), (middle, end)] if backward else [(start, end)]
         times = [now for now, _ in self._history]
         found = []

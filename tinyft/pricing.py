@@ -276,11 +276,14 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
         optimizer.prepare(lambda part: loss(model, part), [batch])
         peaks, steps = run.peaks(), []
         run.label([*model.parameters(), *model.buffers()], "weights")
+
+        def arrived(parameter: Tensor) -> None:
+            run.label([parameter.grad], "gradients")
+            run.mark()
+
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p: run.label([p.grad], "gradients")
-                )
+                parameter.register_post_accumulate_grad_hook(arrived)
         for _ in range(min(optimizer.period, 2)):  # where there are more, the first is another
             run.reset()
             optimizer.step(lambda part: loss(model, part), batch)
