@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tinyft
 from tinyft.data import Batch
-from tinyft.dry_run import DryRun
+from tinyft.dry_run import DryRun, alike
 from tinyft.losses import assume_head, check_head, objective
+from tinyft.updates import update_rule
 
 WIDE = {
     "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
@@ -133,3 +134,44 @@ def test_what_is_freed_makes_room():
         del one, three
     assert run.live_bytes == 0
     assert run.peak_bytes == 8 << 20
+
+
+def test_a_loop_is_its_first_round_so_often():
+    def loop():
+        done = []
+        weight = torch.empty(256, 256)
+        for rows in alike([300] * 7):
+            for half in alike(range(2)):
+                weight @ weight[: rows // 2].t()
+                done.append((rows, half))
+        return done
+
+    with DryRun() as run:
+        assert loop() == [(300, 0)]
+    assert loop() == [(300, half) for _ in range(7) for half in range(2)]
+    with FlopCounterMode(display=False) as counter:
+        loop()
+    assert run.flops == counter.get_total_flops()
+    with DryRun() as run:
+        for _ in alike(iter([1, 2, 3]), 2.5):
+            _ = torch.empty(256, 256) @ torch.empty(256, 256)
+        _ = torch.empty(256, 256) @ torch.empty(256, 256)
+    assert run.flops == 3.5 * 2 * 256**3
+
+
+def test_an_update_in_pieces_is_counted_whole():
+    def counted():
+        rule, weight = update_rule("adamw"), torch.zeros(1 << 20, dtype=torch.bfloat16)
+        state, grad = rule.start(weight), torch.zeros_like(weight)
+        group = {"lr": 0.1, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+        with DryRun() as run:
+            weight, grad = torch.zeros_like(weight), torch.zeros_like(grad)
+            state = {name: torch.zeros_like(t) for name, t in state.items()}
+            run.reset()
+            rule.step(weight, grad, state, group)
+        return run.moved_bytes, run.peak_bytes - run.live_bytes
+
+    once = counted()
+    with pytest.MonkeyPatch.context() as patch:  # every piece for itself
+        patch.setattr("tinyft.updates.alike", lambda items, rounds: items)
+        assert counted() == pytest.approx(once, rel=0.02)

@@ -15,9 +15,10 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ _LARGE = 1 << 16  # elements; factories of less run for real
 _SCRATCH = {"bitsandbytes::optimizer_update_8bit_blockwise": 24}
 
 aten = torch.ops.aten
+T = TypeVar("T")
+
+
+def alike(items: Iterable[T], rounds: float | None = None) -> Iterator[T]:
+    """What a loop goes through whose rounds do the same work and leave nothing alive.
+
+    All items; in a dry run the first one alone, whose work counts for that of them all.
+
+    Args:
+        rounds: how many times the first one's work all of them are; their number if None.
+    """
+    if DryRun.current is None:
+        yield from items
+        return
+    items = iter(items) if rounds is not None else list(items)
+    times = rounds if rounds is not None else len(items)
+    for item in items:
+        with DryRun.current.counting(times):
+            yield item
+        return
 
 
 @dataclass(eq=False)
@@ -49,6 +70,7 @@ class DryRun(TorchDispatchMode):
     """While active, nothing is computed; what would be allocated is written down.
 
     Attributes:
+        current: the one that is active, or None.
         flops, flops_by_dtype: of the operations since `reset`; the dtype is that of the operands.
         operations, moved_bytes: their number, and what they read and wrote.
         product_bytes: the part of `moved_bytes` that the operations with FLOPs moved.
@@ -62,8 +84,11 @@ class DryRun(TorchDispatchMode):
         True
     """
 
+    current: ClassVar[DryRun | None] = None
+
     def __init__(self) -> None:
         super().__init__()
+        self._times = 1.0
         self._dry: dict[int, Any] = {}  # storages without contents, by address; weak references
         self._known: dict[int, _Block] = {}
         self._blocks: list[_Block] = []
@@ -71,13 +96,30 @@ class DryRun(TorchDispatchMode):
         self.live_bytes = 0
         self.reset()
 
+    def __enter__(self) -> DryRun:
+        DryRun.current = self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        DryRun.current = None
+        super().__exit__(*exception)
+
+    @contextmanager
+    def counting(self, times: float) -> Iterator[None]:
+        """Meanwhile, what is done counts so often."""
+        self._times *= times
+        try:
+            yield
+        finally:
+            self._times /= times
+
     def reset(self) -> None:
         """Begin anew to count FLOPs and to look for the peak; what is alive stays."""
-        self.flops = 0
-        self.flops_by_dtype: dict[torch.dtype, int] = {}
-        self.moved_bytes = 0
-        self.product_bytes = 0
-        self.operations = 0
+        self.flops = 0.0
+        self.flops_by_dtype: dict[torch.dtype, float] = {}
+        self.moved_bytes = 0.0
+        self.product_bytes = 0.0
+        self.operations = 0.0
         self.peak_bytes = self.live_bytes
         self._blocks = [block for block in self._blocks if block.died is None]
         self._phases: list[tuple[int, bool]] = []  # first operation, of a backward pass?
@@ -230,10 +272,10 @@ class DryRun(TorchDispatchMode):
         self._history.append((self._now, self.live_bytes))
 
     def _count(self, func: Any, args: tuple, out: Any, read: list, written: list) -> None:
-        flops = flops_of(func, args, out)
-        self.operations += 1
+        flops = self._times * flops_of(func, args, out)
+        moved_bytes = self._times * sum(t.numel() * t.element_size() for t in (*read, *written))
+        self.operations += self._times
         self.flops += flops
-        moved_bytes = sum(t.numel() * t.element_size() for t in (*read, *written))
         self.moved_bytes += moved_bytes
         if flops:
             self.flops_by_dtype[read[0].dtype] = self.flops_by_dtype.get(read[0].dtype, 0) + flops

@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tinyft.dry_run import alike
+
 if TYPE_CHECKING:
     from tinyft.optim.gradient import GradientOptimizer
 
@@ -42,7 +44,7 @@ def first_order(
     """
     gains = np.zeros(len(_places(optimizer)))
     with undisturbed(optimizer.model, evaluating=True):
-        for share, loss in losses:
+        for share, loss in alike(losses):
 
             def rate(k: int, parameter: Tensor, group: Any, share: float = share) -> None:
                 gains[k] += share * _regained(parameter, group, optimizer.rule_name == "sgd")
@@ -55,7 +57,7 @@ def _regained(parameter: Tensor, group: dict[str, Any], is_sgd: bool) -> float:
     """`-sum(g dw)`, piece by piece."""
     total = 0.0
     pieces = (t.detach().flatten().split(_PIECE) for t in (parameter.grad, parameter))
-    for grad, weight in zip(*pieces, strict=True):
+    for grad, weight in alike(zip(*pieces, strict=True), max(1, parameter.numel() / _PIECE)):
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         along = grad if is_sgd else grad / (grad.abs() + group["eps"])
         if group["weight_decay"]:

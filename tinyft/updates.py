@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from tinyft.dry_run import alike
 from tinyft.errors import InputError
 from tinyft.rounding import NOISE_SIZE, offset_of, rounding_noise, store
 
@@ -52,22 +53,24 @@ class _Widened:
 
     def pieces(
         self, tensors: tuple[Tensor, ...], read: int, at: tuple[int, int]
-    ) -> Iterator[list[Tensor]]:
-        """Pieces, one of each tensor, widened if the first is of 16 bits. They are stored when the
-        next are asked for, but for the last `read` tensors'."""
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Pieces by number, one of each tensor, widened if the first is of 16 bits. They are stored
+        when the next are asked for, but for the last `read` tensors'."""
         step, place = at
         noise = self._of(step, tensors[0].device) if _is_widened(tensors[0]) else None
         written = len(tensors) - read
         flat = [t.view(-1) for t in tensors[:written]] + [t.reshape(-1) for t in tensors[written:]]
-        for i, part in enumerate(zip(*(t.split(_PIECE) for t in flat), strict=True)):
+        parts = enumerate(zip(*(t.split(_PIECE) for t in flat), strict=True))
+        for i, part in alike(parts, max(1, len(flat[0]) / _PIECE)):
             if noise is None:
-                yield list(part)
+                yield i, list(part)
                 continue
             wide = [t.float() for t in part]
-            yield wide
+            yield i, wide
             for k in range(written):
                 offset = (offset_of(place, i) + k * 25013) % NOISE_SIZE
                 store(wide[k], part[k], noise, offset)
+            wide.clear()  # whoever was given it still holds it while the next are made
 
     def _of(self, step: int, device: torch.device) -> Tensor:
         """A step's noise, as much as a piece needs at any offset."""
@@ -103,7 +106,7 @@ class AdamW(_Widened):
             self._update(*tensors, state["step"], group)
             return
         before = state["step"].clone()
-        for wide in self.pieces(tensors, 1, at):
+        for _, wide in self.pieces(tensors, 1, at):
             self._update(*wide, state["step"].copy_(before), group)
 
     @staticmethod
@@ -149,8 +152,8 @@ class SGD(_Widened):
         at: tuple[int, int] = (0, 0),
     ) -> None:
         is_widened = _is_widened(parameter)
-        pieces = self.pieces((parameter, grad), 1, at) if is_widened else [(parameter, grad)]
-        for p, g in pieces:
+        pieces = self.pieces((parameter, grad), 1, at) if is_widened else [(0, (parameter, grad))]
+        for _, (p, g) in pieces:
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(g, alpha=-group["lr"])
 
 
@@ -198,8 +201,8 @@ class AdamW8bit(AdamW):
         signed, unsigned = _codes(parameter.device)
         moments = [state[name].view(-1).split(_PIECE) for name in ("state1", "state2")]
         scales = [state[name].split(_PIECE // self.block) for name in ("absmax1", "absmax2")]
-        pieces = self.pieces((parameter, grad), 1, at)
-        for (p, g), state1, state2, absmax1, absmax2 in zip(pieces, *moments, *scales, strict=True):
+        for i, (p, g) in self.pieces((parameter, grad), 1, at):
+            state1, state2, absmax1, absmax2 = (parts[i] for parts in (*moments, *scales))
             optimizer_update_8bit_blockwise(
                 "adam",
                 g,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tinyft.dry_run import alike
 from tinyft.kernels.int4_linear import EVERY, pack_int4
 from tinyft.kernels.quantize import grid, pieces, round_rows, round_rows_
 
@@ -103,8 +104,8 @@ class Quantiser:
     def best_clip(self, x: Tensor, clips: Sequence[float] = CLIPS) -> tuple[Quantiser, float]:
         """This quantiser with the clip of least error on `x`, and that error."""
         tried = [replace(self, clip=clip) for clip in clips]
-        errors = [quantiser.error(x) for quantiser in tried]
-        best = min(range(len(tried)), key=errors.__getitem__)
+        errors = [quantiser.error(x) for quantiser in alike(tried)]
+        best = min(range(len(errors)), key=errors.__getitem__)
         return tried[best], errors[best]
 
     def _rows(self, x: Tensor) -> Tensor:

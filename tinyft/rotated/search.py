@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyft.dry_run import alike
 from tinyft.errors import InputError
 from tinyft.kernels.hadamard_quant import rotate_ref
 from tinyft.rotated.families import family_of
@@ -342,7 +343,7 @@ class _Listener:
             quantiser = self.recipe.quantiser(bits)
             errors = [
                 0.0 if quantiser is None else replace(quantiser, clip=clip).error(way)
-                for clip in self.recipe.clips
+                for clip in alike(self.recipe.clips)
             ]
             total = self.errors.get((place, turned), torch.zeros(len(errors)))
             self.errors[place, turned] = total + torch.tensor(errors)
