@@ -18,11 +18,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from tinyft.cost import flops_of
 
@@ -45,13 +45,15 @@ def alike(items: Iterable[T], rounds: float | None = None) -> Iterator[T]:
     Args:
         rounds: how many times the first one's work all of them are; their number if None.
     """
-    if DryRun.current is None:
+    active = _get_current_dispatch_mode_stack()
+    run = next((mode for mode in active if isinstance(mode, DryRun)), None)
+    if run is None:
         yield from items
         return
     items = iter(items) if rounds is not None else list(items)
     times = rounds if rounds is not None else len(items)
     for item in items:
-        with DryRun.current.counting(times):
+        with run.counting(times):
             yield item
         return
 
@@ -70,7 +72,6 @@ class DryRun(TorchDispatchMode):
     """While active, nothing is computed; what would be allocated is written down.
 
     Attributes:
-        current: the one that is active, or None.
         flops, flops_by_dtype: of the operations since `reset`; the dtype is that of the operands.
         operations, moved_bytes: their number, and what they read and wrote.
         product_bytes: the part of `moved_bytes` that the operations with FLOPs moved.
@@ -84,8 +85,6 @@ class DryRun(TorchDispatchMode):
         True
     """
 
-    current: ClassVar[DryRun | None] = None
-
     def __init__(self) -> None:
         super().__init__()
         self._times = 1.0
@@ -95,14 +94,6 @@ class DryRun(TorchDispatchMode):
         self._now = 0
         self.live_bytes = 0
         self.reset()
-
-    def __enter__(self) -> DryRun:
-        DryRun.current = self
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        DryRun.current = None
-        super().__exit__(*exception)
 
     @contextmanager
     def counting(self, times: float) -> Iterator[None]:
