@@ -42,7 +42,10 @@ METHODS = {
     "green_trainer": {"method": "green_trainer", "rho": 1.0, "reselect": 6, "steps": 6},
     "mezo": {"method": "mezo", "trainable": "all"},
     "mezo of lora, 4 bits": {"method": "mezo", "trainable": "lora", "base_bits": 4},
-    "sparse_lora": {"method": "sparse_lora", "sparsity": "uniform", "start_step": 2, "steps": 8},
+    "sparse_lora": {
+        **{"method": "sparse_lora", "sparsity": "uniform", "sparse_tokens": "all"},
+        **{"start_step": 2, "steps": 8},
+    },
     "roste": {"method": "roste"},
     "roste of lora": {"method": "roste", "trainable": "lora"},
     "roste_mezo": {"method": "roste_mezo"},
