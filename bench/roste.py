@@ -40,6 +40,7 @@ TRAINED = {
     "STE": ["--method=roste", "--rotations=none", "--lr=5e-5"],
     "STE, all rotations": ["--method=roste", "--rotations=all", "--lr=5e-5"],
     "RoSTE": ["--method=roste", "--rotations=adaptive", "--lr=5e-5"],
+    "RoSTE, groups of 64": ["--method=roste", "--group=64", "--lr=5e-5"],
     "RoSTE, frozen int4": ["--method=roste", "--trainable=lora", "--lr=1e-3"],
     "RoSTE, MeZO": ["--method=roste_mezo", "--lr=5e-3", "--eps=1e-2"],
 }
