@@ -44,7 +44,7 @@ METHODS = {
     "mezo of lora, 4 bits": {"method": "mezo", "trainable": "lora", "base_bits": 4},
     "sparse_lora": {
         **{"method": "sparse_lora", "sparsity": "uniform", "sparse_tokens": "all"},
-        **{"start_step": 2, "steps": 8},
+        **{"flops_share": 0.85, "start_step": 2, "steps": 8},
     },
     "roste": {"method": "roste"},
     "roste of lora": {"method": "roste", "trainable": "lora"},
