@@ -24,6 +24,7 @@ from typing import Any
 from commands import add, kept
 
 from tinyft.config import as_flags
+from tinyft.errors import InputError
 from tinyft.models import outline
 from tinyft.optim import METHODS as REGISTERED
 
@@ -168,25 +169,31 @@ def main() -> None:
     arguments.models.mkdir(parents=True, exist_ok=True)
     table = arguments.output / "plan_accuracy.csv"
     known = {tuple(row[name] for name in KEY): row for row in kept(table)}
-
     wanted = [
         (key, config)
         for key, config in cells(arguments.models)
         if all(text in ", ".join(key.values()) for text in arguments.only)
     ]
 
-    def measured(cell: tuple[dict[str, str], dict[str, Any]]) -> dict[str, Any]:
-        return known.get(tuple(cell[0].values())) or measure(cell[1])
+    def look(key: dict[str, str], config: dict[str, Any], bytes_: int, flops: float) -> None:
+        row = known.get(tuple(key.values())) or measure(config)
+        row = key | {name: row[name] for name in ("measured_bytes", "measured_flops")}
+        row |= {"predicted_bytes": bytes_, "predicted_flops": flops}
+        for what in ("bytes", "flops"):
+            row[f"{what}_error"] = row[f"predicted_{what}"] / row[f"measured_{what}"] - 1
+        add(row, table, *KEY)
+        errors = (f"{row[f'{what}_error']:+.2%}" for what in ("bytes", "flops"))
+        print(*key.values(), *errors, flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for (key, config), found in zip(wanted, pool.map(measured, wanted), strict=True):
-            row = key | {name: found[name] for name in ("measured_bytes", "measured_flops")}
-            row["predicted_bytes"], row["predicted_flops"] = predict(config)
-            for what in ("bytes", "flops"):
-                row[f"{what}_error"] = row[f"predicted_{what}"] / row[f"measured_{what}"] - 1
-            add(row, table, *KEY)
-            errors = (f"{row[f'{what}_error']:+.2%}" for what in ("bytes", "flops"))
-            print(*key.values(), *errors, flush=True)
+        jobs = []
+        for key, config in wanted:
+            try:
+                jobs.append(pool.submit(look, key, config, *predict(config)))
+            except InputError as error:  # of the method, about this model
+                print(*key.values(), "left out:", error, flush=True)
+        for job in jobs:
+            job.result()
     rows = kept(table)
     errors = [row["bytes_error"] for row in rows]
     print(
