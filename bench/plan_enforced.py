@@ -11,7 +11,6 @@ root and cgroups (v2, or v1's memory controller). Rows that are measured are kep
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -20,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from commands import add, kept
 
 from tinyft.assets import fetch
 from tinyft.budget import Budget
@@ -92,7 +93,7 @@ def peak_of(output: str) -> int:
 
 def measure(limit_bytes: int, steps: int) -> dict[str, Any]:
     """One budget: the planned run inside it, and the nearest refused candidate without it."""
-    row: dict[str, Any] = {"budget_bytes": limit_bytes}
+    row = dict.fromkeys(FIELDS, "") | {"budget_bytes": limit_bytes}
     with tempfile.TemporaryDirectory() as folder:
         group = Group(limit_bytes)
         flags = [f"--memory={limit_bytes}", f"--steps={steps}"]
@@ -131,32 +132,23 @@ def main() -> None:
     least, most = (Budget.parse(memory=x).memory_bytes for x in (arguments.least, arguments.most))
     assert least and most
     table = arguments.output / "plan_enforced.csv"
-    done = list(csv.DictReader(table.open())) if table.exists() else []
-    known = {int(row["budget_bytes"]) for row in done}
+    known = {row["budget_bytes"] for row in kept(table)}
     ratio = (most / least) ** (1 / (arguments.budgets - 1))
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not done:
-            writer.writeheader()
-        for i in range(arguments.budgets):
-            budget = int(least * ratio**i)
-            if budget in known:
-                continue
-            row = measure(budget, arguments.steps)
-            writer.writerow(row)
-            file.flush()
-            shown = {
-                k: f"{v >> 20} MiB" if k.endswith("bytes") and v else v for k, v in row.items()
-            }
-            print(", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-    rows = list(csv.DictReader(table.open()))
-    accepted = [row for row in rows if row["chosen"]]
-    killed = sum(int(row["exit_code"]) not in (0, 3) for row in rows)
-    over = sum(int(row["refused_peak_bytes"] or 0) > int(row["budget_bytes"]) for row in rows)
-    refused = sum(bool(row["refused_peak_bytes"]) for row in rows)
+    for budget in (int(least * ratio**i) for i in range(arguments.budgets)):
+        if budget in known:
+            continue
+        row = measure(budget, arguments.steps)
+        add(row, table, "budget_bytes")
+        shown = {k: f"{v >> 20} MiB" if k.endswith("bytes") and v else v for k, v in row.items()}
+        print(", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    rows = kept(table)
+    accepted = sum(bool(row["chosen"]) for row in rows)
+    killed = sum(row["exit_code"] not in (0, 3) for row in rows)
+    refused = [row for row in rows if row["refused_peak_bytes"]]
+    over = sum(row["refused_peak_bytes"] > row["budget_bytes"] for row in refused)
     print(
-        f"{len(rows)} budgets: {len(accepted)} runs accepted and finished, {killed} ended "
-        f"otherwise; {over} of {refused} refused candidates took more than the budget"
+        f"{len(rows)} budgets: {accepted} runs accepted and finished, {killed} ended otherwise; "
+        f"{over} of {len(refused)} refused candidates took more than the budget"
     )
 
 
