@@ -124,6 +124,15 @@ def test_weights_that_no_memory_would_hold():
     assert run.live_bytes >= 4 << 32
 
 
+def test_what_has_no_memory_takes_none():
+    with DryRun() as run:
+        weight = torch.empty(1 << 20)
+        like = torch.empty_like(weight, device="meta")
+        moments = torch.zeros_like(like) + torch.empty(1 << 20, device="meta")
+    assert moments.is_meta
+    assert run.peak_bytes == 4 << 20
+
+
 def test_what_is_freed_makes_room():
     with DryRun() as run:
         one = torch.empty(1 << 20)

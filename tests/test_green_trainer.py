@@ -544,3 +544,20 @@ def test_what_cannot_be_done_says_so():
     inject(other)
     with pytest.raises(InputError, match="Resume with the --trainable it began with"):
         tinyft.GreenTrainer(other).load_state_tensors(optimizer.state_tensors())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gpt_neox"])
+def test_importances_that_prices_assume_go_with_measured_ones(architecture):
+    model, loss = model_and_loss(architecture)
+    optimizer = tinyft.GreenTrainer(model, lr=1e-4, rho=0.6, reselect=20)
+    optimizer.step(loss)
+    measured = optimizer.history[-1].importance
+    assumed = optimizer._usual_importance()
+    some = measured > 0
+    assert np.corrcoef(np.log(measured[some]), np.log(assumed[some]))[0, 1] > 0.7
+    optimizer = tinyft.GreenTrainer(model, lr=1e-4, rho=0.6, reselect=20)
+    optimizer.assume()
+    optimizer.step(loss)
+    found = optimizer.history[-1]
+    assert np.allclose(found.importance, assumed / assumed.max())
+    assert found.share <= 0.6

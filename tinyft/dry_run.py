@@ -170,6 +170,8 @@ class DryRun(TorchDispatchMode):
         if kind in ("view", "read"):
             return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
+        if _is_meta(tensors, kwargs):
+            return func(*args, **kwargs)
         if not any(map(self._is_dry, tensors)) and not _is_large_factory(func, args):
             out = func(*args, **kwargs)
         elif kind == "mutable":
@@ -271,6 +273,12 @@ class DryRun(TorchDispatchMode):
         if flops:
             self.flops_by_dtype[read[0].dtype] = self.flops_by_dtype.get(read[0].dtype, 0) + flops
             self.product_bytes += moved_bytes
+
+
+def _is_meta(read: list[Tensor], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation takes no memory and no time in a real run either."""
+    device = kwargs.get("device")
+    return (device is not None and device.type == "meta") or any(t.is_meta for t in read)
 
 
 def _in_backward() -> bool:

@@ -165,6 +165,7 @@ class GreenTrainer(GradientOptimizer):
         self.candidates: list[nn.Parameter] = [parameter for _, parameter in named]
         self.history: list[Selection] = []
         self.fixed = False  # see `select`
+        self.is_assumed = False  # see `assume`
         self.total: int | None = None  # steps of the run, if it is known
         self._usual_tokens: float | None = None  # of a batch
         self.cost: BackwardCost | None = None  # its bytes are a whole step's
@@ -271,6 +272,8 @@ class GreenTrainer(GradientOptimizer):
         before = self.history[-1] if self.history else None
         mask = before.mask if before else self._best(np.ones(len(self.candidates)), overhead)
         fresh = self._rated(closure, batch, mask)
+        if self.is_assumed:
+            fresh = self._usual_importance()
         if fresh.max() > 0:
             fresh /= fresh.max()
         else:  # as at a learning rate of 0, which says nothing
@@ -278,6 +281,15 @@ class GreenTrainer(GradientOptimizer):
         if before:
             fresh = fresh + self.options.smoothing * (before.importance - fresh)
         return fresh
+
+    def _usual_importance(self) -> Floats:
+        """(N,) importances as they mostly are: that of a matrix grows with its size, vectors have
+        next to none, and of an embedding few rows count, so that it is like the other matrices."""
+        sizes = np.array([p.numel() for p in self.candidates], dtype=np.float64)
+        modules = self.model.modules()
+        tables = {module.weight for module in modules if isinstance(module, nn.Embedding)}
+        is_table = np.array([p in tables for p in self.candidates])
+        return np.minimum(sizes, sizes[~is_table].max(initial=1.0))
 
     def _ranked(self) -> Floats:
         """(N,) in (0, 1], by which to choose without importance."""
@@ -395,8 +407,8 @@ class GreenTrainer(GradientOptimizer):
     # Around the steps.
 
     def assume(self) -> None:
-        """See `Optimizer.assume`: a price is of runs of any length."""
-        self.total = None
+        """See `Optimizer.assume`: a price is of runs of any length, and of usual importances."""
+        self.total, self.is_assumed = None, True
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> GreenTrainer:
