@@ -44,10 +44,10 @@ METHODS = {
     "mezo": {"method": "mezo", "trainable": "all"},
     "mezo of lora, 4 bits": {"method": "mezo", "trainable": "lora", "base_bits": 4},
     "sparse_lora": {
-        **{"method": "sparse_lora", "sparsity": "uniform", "sparse_tokens": "all"},
+        **{"method": "sparse_lora", "base_bits": 16, "sparsity": "uniform", "sparse_tokens": "all"},
         **{"flops_share": 0.85, "start_step": 2, "steps": 8},
     },
-    "roste": {"method": "roste"},
+    "roste": {"method": "roste", "trainable": "all"},
     "roste of lora": {"method": "roste", "trainable": "lora"},
     "roste_mezo": {"method": "roste_mezo"},
 }
