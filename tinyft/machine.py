@@ -43,7 +43,7 @@ class Machine:
         name: for people.
         memory_bytes: what a process may take.
         process_bytes: interpreter and libraries, after their first use.
-        packing_bytes: bitsandbytes on top, where the base is packed.
+        packing_bytes: bitsandbytes on top, where base or moments are packed.
         flops_per_s: reached by matrix products, by dtype; float32 always.
         bandwidth_bytes_per_s: reached.
         overhead_s: of one operation, whatever its size.

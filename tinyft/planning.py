@@ -293,12 +293,11 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
 def _cost(found: Trace, config: TrainConfig, job: Job, machine: Machine) -> Cost:
     """On this machine, of a mean step of the run."""
     process = machine.process_bytes + job.process_bytes
-    if config.base_bits < 16:
-        process += machine.packing_bytes
+    in_pieces = config.base_bits < 16 or config.optimizer == "adamw8bit"
+    process += machine.packing_bytes if in_pieces else 0
     passing = sum(n for kind, n in found.bytes_by_kind.items() if kind not in _LASTING)
     scratch = _SCRATCH_BYTES
     scratch += _COMPILED_BYTES if config.dtype != "float32" else 0
-    in_pieces = config.base_bits < 16 or config.optimizer == "adamw8bit"
     scratch += _UNPACKED_BYTES if in_pieces else 0
     scratch = min(scratch, found.bytes_by_kind["weights"] // 2)
     library = scratch + min(SLACK_BYTES, passing)
