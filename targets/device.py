@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 NEXT = "/next"
 GROUP = 50  # batches that are cut from one group of examples, sorted by length
-_TYPES = {"F32": np.float32, "I64": np.int64, "U8": np.uint8, "I8": np.int8}
+_TYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "I8": np.int8}
 
 
 class Rows:
@@ -253,7 +253,6 @@ class Job:
     """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
-        self.threads = threads
         self.folder, self.job = folder, json.loads((folder / "job.json").read_text())
         self.state: dict[str, np.ndarray] = {}
         read_tensors(folder / "initial.safetensors", self.state)
@@ -261,15 +260,28 @@ class Job:
             self.state[name] = np.zeros_like(self.state[name.rpartition("/")[0]])
         frozen = folder / "frozen.safetensors"
         self.frozen = map_tensors(frozen) if frozen.exists() else {}
-        self.graph = Graph(folder / "step.onnx", {**self.state, **self.frozen}, threads)
         self.zeroth, self.steps = self.job["method"] == "mezo", 0
+        name = "forward.onnx" if self.zeroth else "step.onnx"
+        self.graph = Graph(folder / name, {**self.state, **self.frozen}, threads)
+        if self.zeroth:
+            self.update = Graph(folder / "update.onnx", self.state, threads)
 
     def step(self, inputs: dict[str, np.ndarray], lr: float) -> dict[str, np.ndarray]:
-        """One step; returns the outputs that are not state."""
-        found = self.graph.run({**inputs, **self.scalars(), "lr": np.float32(lr)})
-        _check(found["loss"], self.steps)
-        self.steps += 1
-        return found
+        """One step; returns the loss, and in zeroth order the projected gradient."""
+        inputs, lr = {**inputs, **self.scalars()}, np.float32(lr)
+        if not self.zeroth:
+            found = self.graph.run({**inputs, "lr": lr})
+            _check(found["loss"], self.steps)
+            self.steps += 1
+            return found
+        eps = self.job["eps"]
+        plus, minus = (
+            self.graph.run({**inputs, "scale": np.float32(scale)})["loss"] for scale in (eps, -eps)
+        )
+        loss, g = np.float32((plus + minus) / 2), np.float32((plus - minus) / (2 * eps))
+        _check(loss, self.steps)
+        self.replay(np.array([[lr, g]]))
+        return {"loss": loss, "projected_gradient": g}
 
     def log(self, lr: float, found: dict[str, np.ndarray]) -> None:
         """Zeroth order: note the last step, what `step` returned, for `resume`."""
@@ -278,12 +290,10 @@ class Job:
                 file.write(np.array([lr, found["projected_gradient"]], "<f4").tobytes())
 
     def replay(self, records: np.ndarray) -> None:
-        """Zeroth order: repeat logged `(lr, projected gradient)`, float32 (steps, 2)."""
-        if len(records):
-            graph = Graph(self.folder / "update.onnx", self.state, self.threads)
-            for lr, g in records:
-                graph.run({"c": lr * g, **self.scalars()})
-                self.steps += 1
+        """Zeroth order: the updates of `(lr, projected gradient)`, float32 (steps, 2)."""
+        for lr, g in records:
+            self.update.run({"c": lr * g, **self.scalars()})
+            self.steps += 1
 
     def resume(self) -> None:
         """Go on from what was saved in the folder, if anything was."""

@@ -1,9 +1,9 @@
 """`tinyft export`: a fine-tuning job as a folder that a device without torch can run.
 
-The folder holds `step.onnx` (and for zeroth order `update.onnx`), the trainable tensors as they
-start and the frozen ones, or the artefacts of onnxruntime-training (`ort_training.py`); then the
-tokenizer, `job.json`, and `train.py`. It exists only if it passed the gate (`gate.py`).
-`collect` makes a model of what a device trained.
+The folder holds `step.onnx` (for zeroth order `forward.onnx` and `update.onnx`), the trainable
+tensors as they start and the frozen ones, or the artefacts of onnxruntime-training
+(`ort_training.py`); then the tokenizer, `job.json`, and `train.py`. It exists only if it passed the
+gate (`gate.py`). `collect` makes a model of what a device trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tinyft.models import Loaded, kind_of, load, save_model
 from tinyft.optim import METHODS
 from tinyft.targets import device, gate, graphs, ort_training, packed_base
 from tinyft.targets.profiles import profile
-from tinyft.targets.zeroth_graph import FAMILIES, Plan, zeroth_step, zeroth_update
+from tinyft.targets.zeroth_graph import FAMILIES, Plan, zeroth_forward, zeroth_update
 
 METHODS_WITH_GRAPHS = ("mezo", "lora", "full", "green_trainer")
 
@@ -154,12 +154,13 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
             problems.append("neither --exact nor --weight-decay with mezo")
     elif config.optimizer not in ("adamw", "sgd"):
         problems.append(f"--optimizer {config.optimizer} has no graph: use adamw or sgd")
+    narrow = config.method == "mezo" and config.base_bits < 16 and config.dtype == "float16"
     left_out = {
         "--trainable prefix": config.trainable == "prefix",
         "--dropout": config.dropout,
         "--grad-clip": config.grad_clip,
         "--grad-accumulation": config.grad_accumulation > 1,
-        f"--dtype {config.dtype}": config.dtype not in ("auto", "float32"),
+        f"--dtype {config.dtype}": not narrow and config.dtype not in ("auto", "float32"),
         f"--objective {config.objective}": config.objective not in ("auto", "lm", "class"),
     }
     problems += [f"{flag} is not in the graphs" for flag, given in left_out.items() if given]
@@ -172,9 +173,10 @@ def _prepared(config: TrainConfig) -> Job:
     encoder = kind_of(config.model) == "encoder"
     classes = len(examples.items[0].choices) or None if encoder else None
     # Devices compute in float32 on the CPU, whatever the weights were stored in.
+    dtype = "float32" if config.dtype == "auto" else config.dtype
     loaded = load(
         config.model,
-        dtype="float32",
+        dtype=dtype,
         base_bits=config.base_bits,
         num_labels=classes,
         seed=config.seed,
@@ -200,6 +202,9 @@ def _prepared(config: TrainConfig) -> Job:
         packed = packed_base.convert(loaded.model)
     optimizer = METHODS[config.method].attach(loaded.model, config)
     packed = packed or packed_base.convert(loaded.model)
+    loaded.model.float()
+    if dtype == "float16":
+        packed_base.narrow_ends(loaded.model, torch.float16)
     loaded.model.eval()  # graphs know no dropout
     if not encoder:
         check_head(loaded.model)
@@ -221,28 +226,26 @@ def _write_graphs(job: Job, work: Path) -> list[str]:
     start = {name: tensor.clone() for name, tensor in job.parameters().items()}
     frozen = {n: t.clone() for n, t in graphs.frozen_of(job.model, job.names).items()}
     constants = graphs.constants_of(job.model)
-    scalars = {"lr": torch.tensor(0.0), "step": torch.tensor(0)}
+    step = {"step": torch.tensor(0)}
     batch = graphs.batch_inputs(gate.wide(job.batches[0]))
     moments: dict[str, Tensor] = {}
     if zeroth:
         plan = Plan(config.options.directions, [t.shape for t in start.values()])
-        scalars["seed"] = torch.tensor(config.seed)
-        counters = {"counters": plan.counters}
-        step = zeroth_step(job.model, job.names, plan, config.options.eps)
-        _save(
-            graphs.trace(step, constants | counters, start | frozen | batch | scalars), work, "step"
-        )
+        counters, number = {"counters": plan.counters}, torch.tensor(0.0)
+        drawn = step | {"seed": torch.tensor(config.seed)}
+        forward = zeroth_forward(job.model, job.names, plan)
+        arguments = start | frozen | batch | {"scale": number} | drawn
+        _save(graphs.trace(forward, constants | counters, arguments), work, "forward")
         update = zeroth_update(job.names, plan)
-        c = {"c": torch.tensor(0.0), "step": scalars["step"], "seed": scalars["seed"]}
-        _save(graphs.trace(update, counters, start | c), work, "update")
+        _save(graphs.trace(update, counters, start | {"c": number} | drawn), work, "update")
     else:
         adam = graphs.ADAM if config.optimizer == "adamw" else None
         moments = graphs.moments(start) if adam else {}
-        step = graphs.gradient_step(job.model, job.names, adam, config.weight_decay)
-        arguments = start | frozen | moments | batch | scalars
+        function = graphs.gradient_step(job.model, job.names, adam, config.weight_decay)
+        arguments = start | frozen | moments | batch | {"lr": torch.tensor(0.0)} | step
         twice = config.checkpointing == "full"
         with packed_base.recomputing(), graphs.blocks_twice(job.model) if twice else nullcontext():
-            graph = graphs.trace(step, constants, arguments)
+            graph = graphs.trace(function, constants, arguments)
         # The gradients stay inside, under their names, where the gate can ask for them.
         kept = [v for v in graph.graph.outputs if not v.name.endswith(graphs.GRADIENT)]
         graph.graph.outputs[:] = kept
@@ -269,6 +272,7 @@ def _settings(job: Job, moments: list[str]) -> dict[str, Any]:
         "eos": [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         "pad_id": pad_id(tokenizer),
         "moments": moments,
+        **({"eps": config.options.eps} if config.method == "mezo" else {}),
         "recipe": job.loaded.recipe(),
         "config": flat,
     }

@@ -68,10 +68,11 @@ def check(job: Any, folder: Path) -> dict[str, Any]:
         InputError: naming the operator or the tensor that differs.
     """
     found = {"operators": operators(folder), "steps": STEPS}
-    if job.packed:
-        found["packed"] = still_packed(folder / "step.onnx", job.packed)
-    runner = device.Job(folder)
     zeroth = job.config.method == "mezo"
+    graph = "forward.onnx" if zeroth else "step.onnx"
+    if job.packed:
+        found["packed"] = still_packed(folder / graph, job.packed)
+    runner = device.Job(folder)
     lr = learning_rate(job)
     worst, last = 0.0, {}
     for i in range(STEPS):

@@ -7,11 +7,12 @@ is torch's own autograd), then written by torch's exporter. Nothing here knows a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import onnx
 import onnx_ir
@@ -63,16 +64,14 @@ def batch_inputs(batch: Batch) -> Tensors:
     return inputs | {"position": row * width + column, "target": batch.labels[row, column + 1]}
 
 
-def losses(model: nn.Module, inputs: Mapping[str, Tensor], copies: int = 1) -> Tensor:
-    """`(copies, N)` float32: the loss of every labelled token, or of every example of a class."""
-    ids, mask = (inputs[name].repeat(copies, 1) for name in ("input_ids", "attention_mask"))
-    batch = Batch(ids, mask, copies=copies)
+def losses(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`(N,)` float32: the loss of every labelled token, or of every example of a class."""
+    batch = Batch(inputs["input_ids"], inputs["attention_mask"])
     if "answers" in inputs:
         logits, labels = class_logits(model, batch), inputs["answers"]
     else:
         logits, labels = logits_at(model, batch, inputs["position"]), inputs["target"]
-    labels = labels.repeat(copies)
-    return cross_entropy(logits.flatten(0, -2), labels, reduction="none").view(copies, -1)
+    return cross_entropy(logits.flatten(0, -2), labels, reduction="none")
 
 
 class Loss(nn.Module):
@@ -80,16 +79,15 @@ class Loss(nn.Module):
 
     Args:
         model: in evaluation mode.
-        copies: of the batch.
     """
 
-    def __init__(self, model: nn.Module, copies: int = 1) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.copies = model, copies
+        self.model = model
 
     def forward(self, inputs: Mapping[str, Tensor], by: Sequence[Tensor] = ()) -> Any:
         """See `losses`; with `by`, their mean and its gradients by those tensors."""
-        found = losses(self.model, inputs, self.copies)
+        found = losses(self.model, inputs)
         if not by:
             return found
         loss = found.mean()
@@ -272,6 +270,7 @@ def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments:
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = [_fake(mode, name, t.detach()) for name, t in (constants | arguments).items()]
     rules = {aten.split_with_sizes.default: _slices, aten.split.Tensor: _equal_slices}
+    rules[aten.squeeze.dims] = _squeezed
     rules = {**core_aten_decompositions(), **rules}
     graph = make_fx(flat, tracing_mode="fake", decomposition_table=rules)(*fakes)
     dims = {d: torch.export.Dim(d, min=2) for d in ("batch", "sequence", "labelled")}
@@ -279,18 +278,23 @@ def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments:
         {i: dims[d] for i, d in enumerate(_DYNAMIC[name])} if name in _DYNAMIC else None
         for name in arguments
     )
-    program = torch.onnx.export(
-        _Holding(graph, list(constants.values())),
-        tuple(arguments.values()),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=list(arguments),
-        output_names=outputs,
-        dynamic_shapes=(shapes,),
-        # The exporter's optimiser takes 1e-8 for 0 and drops AdamW's eps (onnxscript 0.7).
-        optimize=False,
-        verbose=False,
-    )
+    # The exporter would decompose it again, half of its time, which only writing in place needs.
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    pure = not any(getattr(op, "_schema", None) and op._schema.is_mutable for op in called)
+    again = patch.object(torch.export.ExportedProgram, "run_decompositions", _as_it_is)
+    with again if pure else nullcontext():
+        program = torch.onnx.export(
+            _Holding(graph, list(constants.values())),
+            tuple(arguments.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(arguments),
+            output_names=outputs,
+            dynamic_shapes=(shapes,),
+            # The exporter's optimiser takes 1e-8 for 0 and drops AdamW's eps (onnxscript 0.7).
+            optimize=False,
+            verbose=False,
+        )
     passes = onnx_ir.passes.common
     for tidy in (
         passes.InlinePass(),
@@ -302,6 +306,10 @@ def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments:
     return program.model
 
 
+def _as_it_is(program: torch.export.ExportedProgram, table: Any) -> torch.export.ExportedProgram:
+    return program
+
+
 def _slices(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
     """What `split` and `chunk` are; the exporter would make a sequence of them."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -311,6 +319,13 @@ def _slices(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
 def _equal_slices(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
     whole, rest = divmod(x.shape[dim], size)
     return _slices(x, [size] * whole + ([rest] if rest else []), dim)
+
+
+def _squeezed(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """What a core decomposition leaves, and the exporter does not know."""
+    for dim in sorted((d % x.dim() for d in dims), reverse=True):
+        x = x.select(dim, 0) if x.shape[dim] == 1 else x
+    return x
 
 
 class _Holding(nn.Module):

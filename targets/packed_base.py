@@ -18,6 +18,7 @@ from tinyft.adapters import absmax, dense_weight
 from tinyft.errors import InputError
 
 BLOCK = 64  # weights of a 4-bit scale
+WIDENED_ELEMENTS = 1 << 22  # of a table in 16 bits, at a time
 
 
 class PackedLinear(nn.Module):
@@ -83,6 +84,24 @@ class Nf4Linear(PackedLinear):
         return (values.view(-1, BLOCK) * scale.unsqueeze(1)).view(self.shape)
 
 
+class NarrowHead(nn.Module):
+    """Logits of a table in 16 bits, which is widened some rows after the others."""
+
+    def __init__(self, weight: nn.Parameter, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d)` -> `(..., vocabulary)`."""
+        parts, last = [], x
+        for index in torch.arange(len(self.weight)).split(WIDENED_ELEMENTS // x.shape[-1]):
+            # After the part before: a runtime would widen all of them first.
+            rows = F.embedding(index + 0 * (last.flatten()[0] > 0).long(), self.weight)
+            parts.append(last := F.linear(x, rows.float()))
+        y = torch.cat(parts, -1)
+        return y if self.bias is None else y + self.bias
+
+
 class _Product(torch.autograd.Function):
     """`x W'`, whose backward pass makes W from its bits again. Its scales then wait for the
     gradient: else a runtime would see the same thing computed twice and keep the first."""
@@ -130,6 +149,17 @@ def convert(model: nn.Module) -> list[str]:
         model.set_submodule(name, new)
         names.append(f"{name}.packed")
     return names
+
+
+def narrow_ends(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep embeddings and head, tied or not, in 16 bits, in place; without gradients."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = nn.Parameter(embeddings.weight.to(dtype), requires_grad=False)
+    tied = head.weight is embeddings.weight
+    weight = table if tied else nn.Parameter(head.weight.to(dtype), requires_grad=False)
+    embeddings.weight = table
+    embeddings.register_forward_hook(lambda module, args, out: out.float(), prepend=True)
+    model.set_output_embeddings(NarrowHead(weight, head.bias))
 
 
 def _converted(layer: nn.Module) -> PackedLinear:

@@ -1,10 +1,10 @@
-"""The graph of one zeroth-order step: forward only, perturbed inside, updated inside.
+"""The two graphs of a zeroth-order step: a perturbed forward pass, and an update.
 
-MeZO's two-sided step (`tinyft.optim.mezo`) as a pure function for `graphs.trace`: the batch twice
-over, one sign a copy; directions drawn from seed and step by the traced `philox` itself, so that
-their bits are torch's; `w - c z` rounded once, so that a replay of `(lr, g)` in torch gives the
-same weights, bit for bit. In standard operators there is no writing into a slice without a copy, so
-each module adds its perturbation to the whole batch, the sign as a column.
+MeZO's two-sided step (`tinyft.optim.mezo`) as pure functions for `graphs.trace`. The first gives
+the loss at `theta + scale z`; a device runs it once with each sign, so that one pass's activations
+are all it holds. The second is `w - c z`, rounded once, so that a replay of `(lr, g)` in torch
+gives the same weights, bit for bit. Directions are drawn from seed and step by the traced `philox`
+itself, so that their bits are torch's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functionalize
 from torch.overrides import TorchFunctionMode
 
 from tinyft.kernels import philox
@@ -66,7 +67,7 @@ class Draw:
         self.plan = plan
         block, tensor, _, stream = tensors["counters"].unbind(0)
         counter = torch.stack((block, tensor, tensors["step"].expand_as(block), stream))
-        words = philox.philox(counter, tensors["seed"])
+        words = functionalize(philox.philox)(counter, tensors["seed"])  # which works in place
         self.signs = signs(words)
 
     def left(self, t: int) -> Tensor:
@@ -100,7 +101,7 @@ def signs(words: Tensor) -> Tensor:
 
 
 class Perturbed:
-    """The sites of a model, and the context in which its two copies see theta +- eps z.
+    """The sites of a model, and the context in which it sees theta + scale z.
 
     Args:
         model, parameters: as for `PerturbedForward`, which finds the sites.
@@ -110,12 +111,12 @@ class Perturbed:
         self.sites = PerturbedForward(model, parameters).sites
 
     @contextmanager
-    def __call__(self, draw: Draw, eps: float, rows: Any) -> Iterator[None]:
-        """Args: rows: of the whole batch, both copies."""
-        self.draw, self.eps, self.all_rows = draw, eps, rows
+    def __call__(self, draw: Draw, scale: Tensor) -> Iterator[None]:
+        """Args: scale: float32, a scalar."""
+        self.draw, self.scale = draw, scale
         try:
             for module, own in self.sites:
-                run = _linear if _is_linear(module) else _by_sign
+                run = _linear if _is_linear(module) else _replaced
                 run = _embedding if isinstance(module, nn.Embedding) else run
                 module.forward = partial(run, self, module, own, module.forward)
             yield
@@ -123,38 +124,30 @@ class Perturbed:
             for module, _ in self.sites:
                 module.__dict__.pop("forward", None)
 
-    def scale(self, rows: Any, dim: int) -> Tensor:
-        """`(rows, 1, ...)` of `dim` dimensions: eps for the first half, -eps for the second."""
-        first = torch.arange(rows) < rows // 2
-        return torch.where(first, self.eps, -self.eps).float().view(-1, *[1] * (dim - 1))
 
-
-def zeroth_step(
-    model: nn.Module, trainable: Sequence[str], plan: Plan, eps: float
+def zeroth_forward(
+    model: nn.Module, trainable: Sequence[str], plan: Plan
 ) -> Callable[[Tensors], Tensors]:
-    """The step as a function `tensors -> outputs` for `trace`.
+    """The loss as a function `tensors -> outputs` for `trace`.
 
-    Takes the trainable tensors, a batch, `lr`, `step`, `seed` and the constant `counters`; outputs
-    `loss` (both signs' mean), `projected_gradient`, and every tensor's next value.
+    Takes the trainable tensors, a batch, `scale`, `step`, `seed` and the constant `counters`; the
+    output `loss` is the batch's mean at `theta + scale z`, float64.
     """
     perturbed = Perturbed(model, [model.get_parameter(name) for name in trainable])
-    loss_of = Loss(model, copies=2)
+    loss_of = Loss(model)
 
     @torch.no_grad()
-    def step(tensors: Tensors) -> Tensors:
-        draw = Draw(plan, tensors)
-        with perturbed(draw, eps, 2 * tensors["input_ids"].shape[0]):
+    def forward(tensors: Tensors) -> Tensors:
+        with perturbed(Draw(plan, tensors), tensors["scale"]):
             losses = loss_of.at(tensors_of(model, tensors), tensors)
-        both = losses.double().mean(1)
-        g = ((both[0] - both[1]) / (2 * eps)).float()  # as the seed log stores it
-        outputs = {"loss": both.mean().float(), "projected_gradient": g}
-        return outputs | _updated(draw, trainable, tensors, tensors["lr"] * g)
+        return {"loss": losses.double().mean()}
 
-    return step
+    return forward
 
 
 def zeroth_update(trainable: Sequence[str], plan: Plan) -> Callable[[Tensors], Tensors]:
-    """The update alone, of tensors, `c`, `step`, `seed` and `counters`: it replays a seed log."""
+    """The update, of tensors, `c`, `step`, `seed` and `counters`: a step ends in it, and it replays
+    a seed log."""
 
     def update(tensors: Tensors) -> Tensors:
         return _updated(Draw(plan, tensors), trainable, tensors, tensors["c"])
@@ -182,20 +175,19 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _linear(state: Perturbed, module: Any, own: dict, original: Callable, x: Tensor) -> Tensor:
     """`nn.Linear`, weight `(out, in)`, and transformers' `Conv1D`, weight `(in, out)`."""
-    y, draw, change = original(x), state.draw, None
-    scale = state.scale(y.shape[0], y.dim())
+    y, draw = original(x), state.draw
     conv1d = not isinstance(module, nn.Linear)
     if (t := own.get("weight")) is not None:
         if draw.plan.structured and draw.plan.shapes[t][0] > 1:
             u, v = draw.left(t), draw.right(t)
             u, v = (v, u) if conv1d else (u, v)
-            change = (x @ v).unsqueeze(-1) * scale * u
+            # A vector's product would be traced as x * v, as large as x, and its sum.
+            y = y + (x @ v.unsqueeze(1)) * (state.scale * u)
         else:
-            change = scale * (x @ (draw.dense(t) if conv1d else draw.dense(t).t()))
+            y = y + state.scale * (x @ (draw.dense(t) if conv1d else draw.dense(t).t()))
     if (t := own.get("bias")) is not None:
-        z = scale * draw.dense(t)[0]
-        change = z if change is None else change + z
-    return y + change
+        y = y + state.scale * draw.dense(t)[0]
+    return y
 
 
 def _embedding(
@@ -217,29 +209,18 @@ class _EmbeddingMode(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is not F.embedding or args[1] is not self.weight:
             return result
-        ids, shared = args[0], isinstance(args[0].shape[0], int) and args[0].shape[0] == 1
-        if not shared:  # the copies hold the same tokens: draw their rows once
-            ids = ids[: ids.shape[0] // 2]
-        z = self.state.draw.rows(self.t, ids)
-        if not shared:
-            z = z.repeat(2, *[1] * (z.dim() - 1))
-        # Positions that all rows share become each row's own here, by broadcasting.
-        rows = self.state.all_rows if shared else args[0].shape[0]
-        return result + self.state.scale(rows, z.dim()) * z
+        return result + self.state.scale * self.state.draw.rows(self.t, args[0])
 
 
-def _by_sign(
+def _replaced(
     state: Perturbed, module: nn.Module, own: dict, original: Callable, x: Tensor
 ) -> Tensor:
-    """Any other leaf (norms, mostly): run on each half with its small parameters replaced."""
+    """Any other leaf (norms, mostly), run with its small parameters replaced."""
     before = {name: module._parameters[name] for name in own}
-    half, outputs = x.shape[0] // 2, []
     try:
-        for part, scale in ((x[:half], state.eps), (x[half:], -state.eps)):
-            for name, t in own.items():
-                z = state.draw.dense(t).view(before[name].shape)
-                module._parameters[name] = before[name] + scale * z
-            outputs.append(original(part))
+        for name, t in own.items():
+            z = state.draw.dense(t).view(before[name].shape)
+            module._parameters[name] = before[name] + state.scale * z
+        return original(x)
     finally:
         module._parameters.update(before)
-    return torch.cat(outputs)

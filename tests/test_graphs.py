@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import onnx_ir
 import onnxruntime
 import pytest
@@ -13,7 +14,7 @@ from tinyft import adapters
 from tinyft.losses import check_head, objective
 from tinyft.targets import graphs
 from tinyft.targets.gate import OPERATORS, optimised
-from tinyft.targets.zeroth_graph import Plan, zeroth_step
+from tinyft.targets.zeroth_graph import Plan, zeroth_forward, zeroth_update
 from tinyft.zeroth.update import update_
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
@@ -89,23 +90,32 @@ def test_zeroth_step(family, trainable, directions, tmp_path):
     model, parameters = make(family, trainable)
     arguments = {name: p.detach().clone() for name, p in parameters.items()}
     arguments |= graphs.frozen_of(model, list(parameters))
-    arguments |= graphs.batch_inputs(lm_batch(3, 11)) | {"lr": torch.tensor(1e-3)}
+    arguments |= graphs.batch_inputs(lm_batch(3, 11))
     arguments |= {"step": torch.tensor(STEP), "seed": torch.tensor(SEED)}
     plan = Plan(directions, [p.shape for p in parameters.values()])
-    constants = graphs.constants_of(model) | {"counters": plan.counters}
-    graph = graphs.trace(zeroth_step(model, list(parameters), plan, 1e-3), constants, arguments)
-    assert {node.domain for node in graph.graph} == {""}
-    found = runner(graph, tmp_path)(arguments)
+    constants = graphs.constants_of(model)
+    counters, number = {"counters": plan.counters}, torch.tensor(1e-3)
+
+    def runs(function, constants, name):
+        graph = graphs.trace(function, constants | counters, arguments | {name: number})
+        assert {node.domain for node in graph.graph} == {""}
+        run = runner(graph, tmp_path)
+        return lambda value: run(arguments | {name: torch.tensor(value)})
+
+    forward = runs(zeroth_forward(model, list(parameters), plan), constants, "scale")
+    plus, minus = (float(forward(scale)["loss"]) for scale in (1e-3, -1e-3))
 
     optimizer = tinyft.MeZO(model, lr=1e-3, directions=directions, seed=SEED)
     optimizer.steps_taken = STEP
     steps = []
     optimizer._update = lambda lr, g: steps.append((lr, *g))
     loss = optimizer.step(lambda b: objective("lm")(model, b), lm_batch(3, 11))
-    torch.testing.assert_close(found["loss"], loss, rtol=1e-6, atol=0)
-    (lr, g), got = steps[0], float(found["projected_gradient"])
+    assert (plus + minus) / 2 == pytest.approx(float(loss), rel=1e-6)
+    (lr, g), got = steps[0], float(np.float32((plus - minus) / (2 * 1e-3)))
     assert abs(got - g) <= 2e-6 * float(loss) / (2 * 1e-3)  # rounding of two losses over 2 eps
     # The same bits of every weight once the same number is used: the directions are the same.
-    update_(optimizer.parameters, [(optimizer.directions.draw(STEP, 0), lr * got)])
+    c = float(np.float32(lr * got))
+    found = runs(zeroth_update(list(parameters), plan), {}, "c")(c)
+    update_(optimizer.parameters, [(optimizer.directions.draw(STEP, 0), c)])
     for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
         assert torch.equal(found[name + graphs.NEXT], parameter), name
