@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "onnx_device.csv"
 EXPORTS = {
     "mezo": ["--method=mezo"],
-    "mezo-int4": ["--method=mezo", "--trainable=lora", "--base-bits=4"],
+    "mezo-int4": ["--method=mezo", "--trainable=lora", "--base-bits=4", "--dtype=float16"],
     "lora": ["--method=lora"],
 }
 STEPS = 3

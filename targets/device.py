@@ -182,9 +182,10 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def options(threads: int = 0) -> onnxruntime.SessionOptions:
-    """Memory is given back between steps of other sizes."""
+    """A tensor lives until its last use: the runtime's reuse of buffers, which it plans by shape,
+    keeps each through all layers."""
     chosen = onnxruntime.SessionOptions()
-    chosen.enable_cpu_mem_arena = False
+    chosen.enable_mem_reuse = False
     chosen.enable_mem_pattern = False  # patterns are kept for every shape there was
     chosen.intra_op_num_threads = threads
     return chosen

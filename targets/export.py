@@ -173,10 +173,9 @@ def _prepared(config: TrainConfig) -> Job:
     encoder = kind_of(config.model) == "encoder"
     classes = len(examples.items[0].choices) or None if encoder else None
     # Devices compute in float32 on the CPU, whatever the weights were stored in.
-    dtype = "float32" if config.dtype == "auto" else config.dtype
     loaded = load(
         config.model,
-        dtype=dtype,
+        dtype="float32",
         base_bits=config.base_bits,
         num_labels=classes,
         seed=config.seed,
@@ -202,8 +201,7 @@ def _prepared(config: TrainConfig) -> Job:
         packed = packed_base.convert(loaded.model)
     optimizer = METHODS[config.method].attach(loaded.model, config)
     packed = packed or packed_base.convert(loaded.model)
-    loaded.model.float()
-    if dtype == "float16":
+    if config.dtype == "float16":
         packed_base.narrow_ends(loaded.model, torch.float16)
     loaded.model.eval()  # graphs know no dropout
     if not encoder:
