@@ -56,42 +56,51 @@ class Plan:
 
 
 class Draw:
-    """The direction of a step as part of a graph; `t` is a tensor's index.
+    """`scale z`, z the direction of a step, as part of a graph; `t` is a tensor's index.
+
+    z has entries +-1, so that scaling it is exact, wherever it is done: once, for fewer nodes.
 
     Args:
         plan: what to draw.
         tensors: holds the int64 scalars `seed` and `step`, and `counters`.
+        scale: float32, a scalar.
     """
 
-    def __init__(self, plan: Plan, tensors: Tensors) -> None:
+    def __init__(self, plan: Plan, tensors: Tensors, scale: Tensor) -> None:
         self.plan = plan
         block, tensor, _, stream = tensors["counters"].unbind(0)
         counter = torch.stack((block, tensor, tensors["step"].expand_as(block), stream))
         words = functionalize(philox.philox)(counter, tensors["seed"])  # which works in place
         self.signs = signs(words)
+        self.scaled = self.signs * scale
 
-    def left(self, t: int) -> Tensor:
-        """u of tensor t, `(rows,)`; structured only."""
-        return self.signs.flatten()[self.plan.family.left[t]]
+    def left(self, t: int, dim: int) -> Tensor:
+        """u of tensor t, scaled, along dimension `dim` of two; structured only."""
+        return self.scaled.flatten().unsqueeze(1 - dim)[_along(self.plan.family.left[t], dim)]
 
-    def right(self, t: int) -> Tensor:
-        """v of tensor t, `(cols,)`; structured only."""
-        return self.signs.flatten()[self.plan.family.right[t]]
+    def right(self, t: int, dim: int) -> Tensor:
+        """v of tensor t, along dimension `dim` of two; structured only."""
+        return self.signs.flatten().unsqueeze(1 - dim)[_along(self.plan.family.right[t], dim)]
 
     def rows(self, t: int, index: Tensor) -> Tensor:
-        """`z_t[index]`, `(*index.shape, cols)`."""
+        """Rows of `dense`, `(*index.shape, cols)`."""
         if self.plan.structured:
-            return self.left(t)[index].unsqueeze(-1) * self.right(t)
+            return self.left(t, 0)[index] * self.right(t, 1)
         return self.dense(t)[index]
 
     def dense(self, t: int) -> Tensor:
-        """All of z_t, `(rows, cols)`."""
+        """All of `scale z_t`, `(rows, cols)`."""
         rows, cols = self.plan.shapes[t]
         if not self.plan.structured:
-            blocks = self.signs[self.plan.starts[t] : self.plan.starts[t + 1]]
+            blocks = self.scaled[self.plan.starts[t] : self.plan.starts[t + 1]]
             return blocks.reshape(rows, -1)[:, :cols]
-        v = self.right(t).unsqueeze(0)
-        return v if rows == 1 else self.left(t).unsqueeze(1) * v
+        if rows == 1:
+            return self.scaled.flatten().unsqueeze(0)[_along(self.plan.family.right[t], 1)]
+        return self.left(t, 0) * self.right(t, 1)
+
+
+def _along(part: slice, dim: int) -> tuple[slice, ...]:
+    return (slice(None),) * dim + (part,)
 
 
 def signs(words: Tensor) -> Tensor:
@@ -101,7 +110,7 @@ def signs(words: Tensor) -> Tensor:
 
 
 class Perturbed:
-    """The sites of a model, and the context in which it sees theta + scale z.
+    """The sites of a model, and the context in which it sees theta plus what was drawn.
 
     Args:
         model, parameters: as for `PerturbedForward`, which finds the sites.
@@ -111,9 +120,8 @@ class Perturbed:
         self.sites = PerturbedForward(model, parameters).sites
 
     @contextmanager
-    def __call__(self, draw: Draw, scale: Tensor) -> Iterator[None]:
-        """Args: scale: float32, a scalar."""
-        self.draw, self.scale = draw, scale
+    def __call__(self, draw: Draw) -> Iterator[None]:
+        self.draw = draw
         try:
             for module, own in self.sites:
                 run = _linear if _is_linear(module) else _replaced
@@ -138,7 +146,7 @@ def zeroth_forward(
 
     @torch.no_grad()
     def forward(tensors: Tensors) -> Tensors:
-        with perturbed(Draw(plan, tensors), tensors["scale"]):
+        with perturbed(Draw(plan, tensors, tensors["scale"])):
             losses = loss_of.at(tensors_of(model, tensors), tensors)
         return {"loss": losses.double().mean()}
 
@@ -150,23 +158,17 @@ def zeroth_update(trainable: Sequence[str], plan: Plan) -> Callable[[Tensors], T
     a seed log."""
 
     def update(tensors: Tensors) -> Tensors:
-        return _updated(Draw(plan, tensors), trainable, tensors, tensors["c"])
+        draw, outputs = Draw(plan, tensors, tensors["c"]), {}
+        for t, name in enumerate(trainable):
+            w = tensors[name]
+            if plan.structured and w.dim() == 2 and w.shape[0] > 1:
+                # One product and sum, for which the runtime needs no memory beside w.
+                outputs[name + NEXT] = torch.addmm(w, draw.left(t, 0), draw.right(t, 1), alpha=-1)
+            else:
+                outputs[name + NEXT] = w - draw.dense(t).view(w.shape)
+        return outputs
 
     return update
-
-
-def _updated(draw: Draw, names: Sequence[str], tensors: Tensors, c: Tensor) -> Tensors:
-    """`w - c z`: with entries +-1 every product is exact, whichever way it is associated."""
-    outputs = {}
-    for t, name in enumerate(names):
-        w = tensors[name]
-        if draw.plan.structured and w.dim() == 2 and w.shape[0] > 1:
-            # One product and sum, for which the runtime needs no memory beside w: not even a view.
-            left, right = (draw.left(t) * c).unsqueeze(1), draw.right(t).unsqueeze(0)
-            outputs[name + NEXT] = torch.addmm(w, left, right, alpha=-1)
-        else:
-            outputs[name + NEXT] = w - (draw.dense(t) * c).view(w.shape)
-    return outputs
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -179,14 +181,13 @@ def _linear(state: Perturbed, module: Any, own: dict, original: Callable, x: Ten
     conv1d = not isinstance(module, nn.Linear)
     if (t := own.get("weight")) is not None:
         if draw.plan.structured and draw.plan.shapes[t][0] > 1:
-            u, v = draw.left(t), draw.right(t)
-            u, v = (v, u) if conv1d else (u, v)
-            # A vector's product would be traced as x * v, as large as x, and its sum.
-            y = y + (x @ v.unsqueeze(1)) * (state.scale * u)
+            # As matrices: a vector's product would be traced as x * v, as large as x, and its sum.
+            first, then = (draw.left, draw.right) if conv1d else (draw.right, draw.left)
+            y = y + (x @ first(t, 0)) * then(t, 1)
         else:
-            y = y + state.scale * (x @ (draw.dense(t) if conv1d else draw.dense(t).t()))
+            y = y + x @ (draw.dense(t) if conv1d else draw.dense(t).t())
     if (t := own.get("bias")) is not None:
-        y = y + state.scale * draw.dense(t)[0]
+        y = y + draw.dense(t)[0]
     return y
 
 
@@ -209,7 +210,7 @@ class _EmbeddingMode(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is not F.embedding or args[1] is not self.weight:
             return result
-        return result + self.state.scale * self.state.draw.rows(self.t, args[0])
+        return result + self.state.draw.rows(self.t, args[0])
 
 
 def _replaced(
@@ -220,7 +221,7 @@ def _replaced(
     try:
         for name, t in own.items():
             z = state.draw.dense(t).view(before[name].shape)
-            module._parameters[name] = before[name] + state.scale * z
+            module._parameters[name] = before[name] + z
         return original(x)
     finally:
         module._parameters.update(before)
