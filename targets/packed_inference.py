@@ -10,6 +10,7 @@ tolerance. How far apart both are when torch goes its own way is told as well.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,25 @@ def export_packed(ref: str | Path, output: Path) -> dict[str, Any]:
     """
     if output.exists():
         raise InputError(f"--output {output} must be a new folder.")
-    loaded, model = _in_float32(ref)
+    loaded = load(ref)
+    model = loaded.model.float()
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(3 * 17).view(3, 17) * 7919 % vocabulary
     with write_directory_atomic(output) as work:
         path = work / "model.onnx"
-        weights = _write(model, getattr(torch, loaded.dtype), ids, path)
-        del model
+        weights = _write(_twin(model), getattr(torch, loaded.dtype), ids, path)
         loaded.tokenizer.save_pretrained(work)
         gate.operators(work, rotated_graph.OPERATORS)
-        found = compare(_in_float32(ref)[1], path, ids)
+        found = compare(model, path, ids)
         found["packed_weights"] = still_packed(path, weights)
         found["bytes"] = sum(path.stat().st_size for path in work.glob("model.onnx*"))
     return found
 
 
-def _in_float32(ref: str | Path) -> tuple[Any, nn.Module]:
-    loaded = load(ref)
-    return loaded, loaded.model.float()
+def _twin(model: nn.Module) -> nn.Module:
+    """Modules of its own over the same tensors."""
+    tensors = (*model.parameters(), *model.buffers())
+    return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _write(model: nn.Module, dtype: torch.dtype, ids: Tensor, path: Path) -> dict[str, int]:

@@ -49,6 +49,7 @@ def on_device(folder, data, steps, kill_at=None):
     "method, flags",
     [
         ("mezo", ["--lr", "1e-4"]),
+        ("mezo", ["--trainable", "lora", "--rank", "2", "--base-bits", "4", "--dtype", "float16"]),
         ("lora", ["--rank", "2", "--base-bits", "4"]),
         ("green_trainer", ["--rho", "0.6", "--optimizer", "sgd"]),
     ],
@@ -62,7 +63,10 @@ def test_export_train_resume_import(method, flags, tmp_path, tiny_tokenizer):
     assert main([*words, *flags, "--schedule", "constant"]) == 0
     parity = json.loads((out / "parity.json").read_text())
     assert parity["steps"] == 20 and parity["loss_error"] <= 1e-5
-    assert parity.get("packed") == (14 if method == "lora" else None)
+    assert parity.get("packed") == (14 if "--base-bits" in flags else None)
+    if "float16" in flags:
+        table = load_file(out / "frozen.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(table, load(base).model.get_input_embeddings().weight.half())
     trained = load_file(out / "initial.safetensors")
     if method == "green_trainer":  # the graph trains a part
         assert set(trained) < {name for name, _ in load(base).model.named_parameters()}
@@ -83,7 +87,7 @@ def test_export_train_resume_import(method, flags, tmp_path, tiny_tokenizer):
     before, after = load(base).model, load(tmp_path / "back").model
     moved = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
     assert moved
-    if method == "mezo":
+    if method == "mezo" and "lora" not in flags:
         assert all(np.array_equal(straight[n], after.get_parameter(n).detach()) for n in straight)
 
 
@@ -166,6 +170,8 @@ def test_what_no_graph_knows_is_refused(tmp_path, capsys):
     assert main([*words, "--probes", "2"]) == 2
     said = capsys.readouterr().err
     assert "--directions must be one of" in said and "one probe" in said
+    assert main([*words, "--dtype", "float16"]) == 2
+    assert "--dtype float16 is not in the graphs" in capsys.readouterr().err
     assert main([*words, "--training-python", "python"]) == 2
     said = capsys.readouterr().err
     assert (

@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from tiny_models import save_tiny_model
@@ -61,6 +63,29 @@ def test_rows_that_bitsandbytes_may_dequantise_wrongly(tmp_path, tiny_tokenizer)
     rows = want.reshape(-1, 64)
     error = layer.dense(*layer.tensors()).detach().view_as(rows) - rows
     assert float((error.abs() / rows.abs().amax(1, keepdim=True)).max()) <= 0.16 * 1.05
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torch's exporter
+@pytest.mark.parametrize("tied", [True, False])
+def test_narrow_ends(tied, tmp_path, tiny_tokenizer, monkeypatch):
+    """Embeddings and logits of a table in float16, in parts, in torch and in the runtime, against
+    numpy in float64."""
+    folder = save_tiny_model(tmp_path / "m", "llama", tiny_tokenizer, tie_word_embeddings=tied)
+    model = load(folder, dtype="float32").model
+    monkeypatch.setattr(packed_base, "WIDENED_ELEMENTS", 100 * model.config.hidden_size)
+    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    tables = [p.detach().numpy().astype(np.float16).astype(np.float64) for p in ends]
+    packed_base.narrow_ends(model, torch.float16)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert (head.weight is table.weight) == tied and len(tables[1]) > 200  # three parts
+    ids = torch.arange(3 * 5).view(3, 5)
+    assert np.array_equal(table(ids).detach(), tables[0][ids])
+    x = torch.randn(4, model.config.hidden_size)
+    want = x.numpy().astype(np.float64) @ tables[1].T
+    torch.onnx.export(head.eval(), (x,), tmp_path / "head.onnx", dynamo=True, verbose=False)
+    (found,) = onnxruntime.InferenceSession(tmp_path / "head.onnx").run(None, {"x": x.numpy()})
+    for got in (head(x).detach().numpy(), found):
+        assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
 
 
 def graph_of(inside, path):
