@@ -1,6 +1,6 @@
 """Predicted against measured peak memory and FLOPs, over architectures, methods, shapes and dtypes.
 
-    python bench/plan_accuracy.py [--only TEXT ...] [--jobs 2] [--output bench/results]
+    python bench/plan_accuracy.py [--only TEXT ...] [--known] [--jobs 2] [--output bench/results]
 
 Every cell is a real `tinyft train` in a process of its own: loading, an evaluation, some steps, an
 evaluation, whose peak the operating system reports (VmHWM, the whole process). The prediction is
@@ -162,6 +162,7 @@ def measure(config: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="cells whose key holds these texts")
+    parser.add_argument("--known", action="store_true", help="run nothing, predict anew")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     parser.add_argument("--models", type=Path, default=Path("runs/plan-accuracy"))
@@ -173,6 +174,7 @@ def main() -> None:
         (key, config)
         for key, config in cells(arguments.models)
         if all(text in ", ".join(key.values()) for text in arguments.only)
+        and not (arguments.known and tuple(key.values()) not in known)
     ]
 
     def look(key: dict[str, str], config: dict[str, Any], bytes_: int, flops: float) -> None:
