@@ -95,6 +95,11 @@ class _Quantising(Optimizer):
     def obstacle(cls, model_config: Any) -> str:
         return obstacle(model_config)
 
+    def assume(self) -> None:
+        """See `Optimizer.assume`: a search mostly finds that rotations are worth it."""
+        if self.rotated.recipe.rotations == "adaptive":
+            self.rotated.recipe = dataclasses.replace(self.rotated.recipe, rotations="all")
+
     @torch.no_grad()
     def prepare(self, closure: Callable[..., Tensor], batches: Iterable[Any]) -> None:
         """Choose rotations and clips by calibration batches, and quantise the model.
