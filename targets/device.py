@@ -275,7 +275,7 @@ class Job:
             _check(found["loss"], self.steps)
             self.steps += 1
             return found
-        eps = self.job["eps"]
+        eps = self.job["config"]["eps"]
         plus, minus = (
             self.graph.run({**inputs, "scale": np.float32(scale)})["loss"] for scale in (eps, -eps)
         )

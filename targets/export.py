@@ -270,7 +270,6 @@ def _settings(job: Job, moments: list[str]) -> dict[str, Any]:
         "eos": [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         "pad_id": pad_id(tokenizer),
         "moments": moments,
-        **({"eps": config.options.eps} if config.method == "mezo" else {}),
         "recipe": job.loaded.recipe(),
         "config": flat,
     }

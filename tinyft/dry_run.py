@@ -50,11 +50,12 @@ def alike(items: Iterable[T], rounds: float | None = None) -> Iterator[T]:
     if run is None:
         yield from items
         return
-    items = iter(items) if rounds is not None else list(items)
-    times = rounds if rounds is not None else len(items)
-    for item in items:
-        with run.counting(times):
-            yield item
+    if rounds is None:
+        items = list(items)
+        rounds = len(items)
+    for first in items:
+        with run.counting(rounds):
+            yield first
         return
 
 
@@ -98,11 +99,12 @@ class DryRun(TorchDispatchMode):
     @contextmanager
     def counting(self, times: float) -> Iterator[None]:
         """Meanwhile, what is done counts so often."""
+        before = self._times
         self._times *= times
         try:
             yield
         finally:
-            self._times /= times
+            self._times = before
 
     def reset(self) -> None:
         """Begin anew to count FLOPs and to look for the peak; what is alive stays."""

@@ -23,6 +23,8 @@ from tinyft.rounding import NOISE_SIZE, offset_of, rounding_noise, store
 _PIECE = 1 << 18  # numbers widened at a time, 1 MB of float32: what a cache holds
 
 State = dict[str, Tensor]
+Group = dict[str, Any]
+At = tuple[int, int]
 
 
 class UpdateRule(Protocol):
@@ -36,12 +38,7 @@ class UpdateRule(Protocol):
     def start(self, parameter: Tensor) -> State: ...
 
     def step(
-        self,
-        parameter: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        at: tuple[int, int] = (0, 0),
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
     ) -> None: ...
 
 
@@ -52,7 +49,7 @@ class _Widened:
         self._noise: tuple[Any, Tensor] | None = None
 
     def pieces(
-        self, tensors: tuple[Tensor, ...], read: int, at: tuple[int, int]
+        self, tensors: tuple[Tensor, ...], read: int, at: At
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """Pieces by number, one of each tensor, widened if the first is of 16 bits. They are stored
         when the next are asked for, but for the last `read` tensors'."""
@@ -94,12 +91,7 @@ class AdamW(_Widened):
         }
 
     def step(
-        self,
-        parameter: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        at: tuple[int, int] = (0, 0),
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
     ) -> None:
         tensors = (parameter, state["exp_avg"], state["exp_avg_sq"], grad)
         if not _is_widened(parameter):
@@ -116,7 +108,7 @@ class AdamW(_Widened):
         exp_avg_sq: Tensor,
         grad: Tensor,
         step: Tensor,
-        group: dict[str, Any],
+        group: Group,
     ) -> None:
         beta1, beta2 = group["betas"]
         adamw(
@@ -144,12 +136,7 @@ class SGD(_Widened):
         return {}
 
     def step(
-        self,
-        parameter: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        at: tuple[int, int] = (0, 0),
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
     ) -> None:
         is_widened = _is_widened(parameter)
         pieces = self.pieces((parameter, grad), 1, at) if is_widened else [(0, (parameter, grad))]
@@ -185,12 +172,7 @@ class AdamW8bit(AdamW):
         }
 
     def step(
-        self,
-        parameter: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        at: tuple[int, int] = (0, 0),
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
     ) -> None:
         if "state1" not in state:
             return super().step(parameter, grad, state, group, at)
