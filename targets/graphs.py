@@ -6,6 +6,7 @@ is torch's own autograd), then written by torch's exporter. Nothing here knows a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -183,7 +184,14 @@ def gradient_step(
         # A device writes next values over the old ones, so no weight's may be ready before its last
         # use. Every use ends in some gradient: the learning rate waits for them all.
         all_there = 0 * torch.stack([g.flatten()[0] for g in found]).sum()
-        lr, t = tensors["lr"] + all_there, tensors["step"].double() + 1
+        lr = tensors["lr"] + all_there
+        if adam is not None:
+            # 1 - beta^t by the logarithm: of a Python number the exporter keeps a float32's bits,
+            # enough for the logarithm of 0.999, but 1 - 0.999 would be off by 1e-5.
+            t = tensors["step"].double() + 1
+            correction1, correction2 = (1 - torch.exp(t * math.log(beta)) for beta in adam.betas)
+            step_size = (lr.double() / correction1).float()
+            scale = correction2.sqrt().float()
         for name in trainable:
             g, p = gradients[name], tensors[name] * (1 - lr * weight_decay)
             if adam is None:
@@ -193,8 +201,6 @@ def gradient_step(
             (beta1, beta2), m, v = adam.betas, f"{name}/exp_avg", f"{name}/exp_avg_sq"
             outputs[m + NEXT] = tensors[m] + (1 - beta1) * (g - tensors[m])
             outputs[v + NEXT] = beta2 * tensors[v] + (1 - beta2) * (g * g)
-            step_size = (lr.double() / (1 - beta1**t)).float()
-            scale = (1 - beta2**t).sqrt().float()
             denominator = outputs[v + NEXT].sqrt() / scale + adam.eps
             outputs[name + NEXT] = p - step_size * (outputs[m + NEXT] / denominator)
         return outputs | {name + GRADIENT: g for name, g in gradients.items()}
