@@ -188,7 +188,7 @@ def test_gradcheck_of_an_mlp(family):
 
 def test_the_guess_at_full_rank_chooses_as_the_products_do():
     model, batch = tiny_model("llama"), batch_of(0)
-    optimizer = tinyft.SparseLoRA(model, estimator_rank=32)
+    optimizer = tinyft.SparseLoRA(model, estimator="svd", estimator_rank=32)
     optimizer._prepare()
     mlp, attention = optimizer._mlps[0], optimizer._attentions[0]
     tokens = Tokens.of_batch(batch)
@@ -202,8 +202,36 @@ def test_the_guess_at_full_rank_chooses_as_the_products_do():
     assert torch.equal(attention.select(x, tokens, 0.5, 0.5)["v"], top(v, 0.5))
 
 
-def test_padding_and_output_have_no_part_in_the_choice():
+def test_a_sample_of_all_chooses_as_the_products_do(monkeypatch):
+    monkeypatch.setattr("tinyft.sparse.tokens._EVERY", 1)
     optimizer = tinyft.SparseLoRA(tiny_model("llama"))
+    mlp, attention = optimizer._mlps[0], optimizer._attentions[0]
+    tokens = Tokens.of_batch(batch_of(0))
+    x = torch.randn(*tokens.shape, 32, generator=torch.Generator().manual_seed(0))
+    some, module = x[tokens.counted.bool()], mlp.module
+    inner = module.act_fn(module.gate_proj(some)) * module.up_proj(some)
+    moved = [  # by each channel alone, summed over tokens
+        (inner[:, c, None] * mlp.down.dense()[:, c]).norm() for c in range(mlp.channels)
+    ]
+    assert torch.equal(mlp.select(x, tokens, 0.6), top(torch.stack(moved), 0.6))
+    v = attention.module.v_proj(some).norm(dim=0)
+    assert torch.equal(attention.select(x, tokens, 0.5, 0.5)["v"], top(v, 0.5))
+
+
+def test_a_sample_stands_for_all():
+    tokens = Tokens.of_batch(batch_of(0, rows=3, width=90, labelled=7))
+    at, stands = tokens.sample
+    counted = tokens.counted.flatten().nonzero().flatten()
+    assert len(at) == len(set(at.tolist())) < len(counted) / 8 and set(at.tolist()) <= set(
+        counted.tolist()
+    )
+    assert abs(float(stands.sum()) - len(counted)) < 16
+    assert {0, 90, 180} <= set(at.tolist()) and stands[:3].eq(1).all()
+
+
+@pytest.mark.parametrize("estimator", ["sample", "svd"])
+def test_padding_and_output_have_no_part_in_the_choice(estimator):
+    optimizer = tinyft.SparseLoRA(tiny_model("llama"), estimator=estimator)
     optimizer._prepare()
     tokens = Tokens.of_batch(batch_of(0))
     x = torch.randn(*tokens.shape, 32, generator=torch.Generator().manual_seed(0))

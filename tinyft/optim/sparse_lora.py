@@ -1,11 +1,14 @@
 """SparseLoRA: adapters trained through the channels of a frozen model that the context needs.
 
 "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity" (ICML 2025). For the tokens of
-the context, each layer multiplies some channels of its frozen weights, chosen anew for each batch
-by a low-rank guess of their outputs; tokens of the output, adapters, and the first steps are dense.
+the context, each layer multiplies some channels of its frozen weights, chosen anew for each batch;
+tokens of the output, adapters, and the first steps are dense.
 Outside of `step` the model is dense, and the result is an ordinary adapter.
 
 What differs from the published code:
+* channels are chosen by what a sixteenth of the context's tokens make of them, and by what they do
+  to the output; the published guess by singular vectors (`estimator="svd"`) misses the few channels
+  that carry most (bench/RESULTS.md);
 * query heads are mapped to key heads as the model does, rotary pairs stay together, and padding has
   no part in the choice (`tinyft/sparse/channels.py`);
 * biases count in the guess and are always added;
@@ -54,6 +57,7 @@ _ROWS = 2  # examples of a pass that effects are found in: few, as inputs and ou
 _PASSES = 2  # of a turn
 _TURNS = 3  # for each calibration batch, each further on the way to the schedule
 _DENSE = 0.05  # of the steps, at first
+ESTIMATORS = ("sample", "svd")
 _SMALL = 10_000_000  # parameters of a model whose estimators are made faster than looked up
 
 
@@ -80,9 +84,14 @@ class SparseLoRAOptions:
     exact_attention: bool = field(
         default=True, metadata={"help": "gradients through the sparse base of attention"}
     )
-    estimator_rank: int = field(
-        default=8, metadata={"help": "rank of the guess by which channels are chosen"}
+    estimator: str = field(
+        default="sample",
+        metadata={
+            "help": "channels are chosen by a sample of tokens, or by svd",
+            "choices": ESTIMATORS,
+        },
     )
+    estimator_rank: int = field(default=8, metadata={"help": "rank of the estimator svd"})
     block: int = field(default=1, metadata={"help": "channels of an MLP chosen together"})
     calibration_batches: int = field(
         default=2, metadata={"help": "batches that the schedule is calibrated on"}
@@ -96,6 +105,10 @@ class SparseLoRAOptions:
         if self.sparse_tokens not in SPLITS:
             found.append(
                 f"sparse_tokens must be one of {', '.join(SPLITS)}; found {self.sparse_tokens!r}."
+            )
+        if self.estimator not in ESTIMATORS:
+            found.append(
+                f"estimator must be one of {', '.join(ESTIMATORS)}; found {self.estimator!r}."
             )
         if self.start_step is not None and self.start_step < 0:
             found.append(f"start_step must not be negative; found {self.start_step}.")
@@ -122,10 +135,12 @@ class SparseLoRA(LoRA):
         sparse_tokens: `"context"` or `"all"`.
         sparse_attention: False leaves attention dense.
         exact_attention: False: sparse attention passes no gradient through the base, as published.
-        estimator_rank: of the guess by which channels are chosen.
+        estimator: `"sample"`: channels are chosen by what a sample of the context's tokens makes of
+            them; `"svd"`: by a guess from the weights' largest singular vectors, as published.
+        estimator_rank: of that guess.
         block: channels of an MLP that are chosen together.
         calibration_batches: that `"auto"` measures sensitivities on.
-        cache: folder that keeps estimators for the next run.
+        cache: folder that keeps singular vectors for the next run.
         break_even: False: sparse even where dense should be faster.
 
     Attributes:
@@ -150,6 +165,7 @@ class SparseLoRA(LoRA):
         sparse_tokens: str = "context",
         sparse_attention: bool = True,
         exact_attention: bool = True,
+        estimator: str = "sample",
         estimator_rank: int = 8,
         block: int = 1,
         calibration_batches: int = 2,
@@ -164,6 +180,7 @@ class SparseLoRA(LoRA):
             sparse_tokens,
             sparse_attention,
             exact_attention,
+            estimator,
             estimator_rank,
             block,
             calibration_batches,
@@ -183,7 +200,8 @@ class SparseLoRA(LoRA):
             self.schedule = read(sparsity, self.keys)
         self._so_far: dict[Key, float] = {}  # of a schedule that is being calibrated
         self._rises = np.zeros((len(self.keys), len(LEVELS)))
-        self._flops = self._tokens = self._calibrated = 0  # FLOPs, context tokens, batches so far
+        # FLOPs, context tokens, sampled ones, and batches so far.
+        self._flops = self._tokens = self._sampled = self._calibrated = 0
         self._ready, self.is_assumed, self._dense_share = False, False, _DENSE
 
     # Steps.
@@ -274,8 +292,8 @@ class SparseLoRA(LoRA):
             self.context.tokens = Tokens.of_batch(kwargs, self.options.sparse_tokens)
 
     def _prepare(self) -> None:
-        """Estimators, once."""
-        if self._ready:
+        """Singular vectors, once."""
+        if self._ready or self.options.estimator != "svd":
             return
         layers = [*self._mlps, *self._attentions]
         parts = {
@@ -314,6 +332,7 @@ class SparseLoRA(LoRA):
             hook.remove()
         self._flops += counter.flops
         self._tokens += sum(len(t.sparse) for t in tokens)
+        self._sampled += sum(len(t.sample[0]) for t in tokens)
         self._calibrated += 1
         if self.options.sparsity == "auto":
             self._refine(closure, batch)
@@ -371,6 +390,13 @@ class SparseLoRA(LoRA):
         elements = [layer.elements(key[1]) for layer, key in zip(layers, self.keys, strict=True)]
         return np.array([2.0 * tokens * (passes * b + (passes + 1) * a) for b, a in elements])
 
+    def _choosing(self) -> float:
+        """FLOPs of all samples in a step like those so far."""
+        if self.options.estimator == "svd":
+            return 0.0  # a rank of 8 among hundreds
+        parts = (p for layer in (*self._mlps, *self._attentions) for p in layer.sampled())
+        return sum(2.0 * self._sampled * p.n_in * p.n_out for p in parts)
+
     def _solved(self, flops_share: float, *, uniform: bool = False) -> dict[Key, float]:
         """The schedule of least rise for a share of a dense step's FLOPs.
 
@@ -378,7 +404,7 @@ class SparseLoRA(LoRA):
             InputError: `self.options.flops_share` is out of reach.
         """
         saved = self.savings(self._tokens)
-        need = (1 - flops_share) * self._flops
+        need = (1 - flops_share) * self._flops + self._choosing()
         if uniform:
             is_ffn = np.array([part == "ffn" for _, part in self.keys])
             saved = saved * is_ffn
@@ -387,7 +413,7 @@ class SparseLoRA(LoRA):
         else:
             found = solve(costs(self._rises), saved, need)
         if found is None:
-            least = 1 - LEVELS[-1] * saved.sum() / self._flops
+            least = 1 - (LEVELS[-1] * saved.sum() - self._choosing()) / self._flops
             raise InputError(
                 f"flops_share {flops_share:g} cannot be reached on these batches: "
                 f"with {LEVELS[-1]:.0%} of channels left out everywhere it is {least:.2f}, as "
@@ -445,7 +471,8 @@ class SparseLoRA(LoRA):
     def _found(self) -> dict[str, Tensor]:
         found = self._so_far if self.schedule is None else self.schedule
         values = [found.get(key, 0.0) for key in self.keys]
-        counts = [self._flops, self._tokens, self._calibrated, self.schedule is not None]
+        counts = [self._flops, self._tokens, self._sampled, self._calibrated]
+        counts.append(self.schedule is not None)
         return {
             "rises": torch.from_numpy(self._rises.copy()),
             "counts": torch.tensor(counts),
@@ -459,7 +486,8 @@ class SparseLoRA(LoRA):
                 "--sparse-attention that it began with."
             )
         self._rises = tensors["rises"].cpu().double().numpy().copy()
-        self._flops, self._tokens, self._calibrated, is_known = tensors["counts"].tolist()
+        counts = tensors["counts"].tolist()
+        self._flops, self._tokens, self._sampled, self._calibrated, is_known = counts
         values = tensors["schedule"].tolist()
         self._so_far = {key: s for key, s in zip(self.keys, values, strict=True) if s > 0}
         self.schedule = self._so_far if is_known else None

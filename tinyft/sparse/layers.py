@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class SparseMLP:
 
     Attributes:
         first: the projections whose outputs are selected, "gate" (if any) and "up"; `down`.
-        guess: the outputs of `first`, side by side; once made.
+        guess: the outputs of `first`, side by side; None: channels are chosen by a sample.
     """
 
     def __init__(self, module: nn.Module, layer: int, context: Context) -> None:
@@ -125,12 +126,29 @@ class SparseMLP:
 
     @torch.no_grad()
     def scores(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """(channels,) float32: SparseLoRA's eq. 4, the inner activation of each row's mean context
-        token, its norm over rows. x is (R, T, D)."""
+        """(channels,) float32 for x (R, T, D): how far each inner channel moves the output of a
+        sample of the context's tokens, adapters aside. With a `guess` SparseLoRA's eq. 4, the inner
+        activation of each row's mean context token, its norm over rows."""
+        if self.guess is None:
+            at, stands = tokens.sample
+            some = x.flatten(0, 1)[at]
+            h = {key: p.frozen(some) for key, p in self.first.items()}
+            return _norms(self.inner(h), stands) * self.reach
         counted = tokens.counted.to(x.dtype).unsqueeze(1)
         mean = (counted @ x).squeeze(1) / counted.sum(2).clamp(min=1)
         guessed = self.guess.outputs(mean).split(self.channels, 1)
         return self.inner(dict(zip(self.first, guessed, strict=True))).norm(dim=0)
+
+    def sampled(self) -> list[Projection]:
+        """What a sample of tokens goes through to choose channels."""
+        return list(self.first.values())
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """(channels,) float32: norms of `down`'s columns."""
+        weight = self.down.dense()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dim=0, dtype=wide).float()
 
     def select(self, x: Tensor, tokens: Tokens, sparsity: float) -> Tensor:
         return top(self.scores(x, tokens), sparsity, self.context.block)
@@ -187,7 +205,7 @@ class SparseAttention:
 
     Attributes:
         projections: "q", "k", "v" and "o"; or of GPT-2 "qkv" and "o".
-        guess: queries, keys and values, side by side; once made.
+        guess: queries, keys and values, side by side; None: channels are chosen by a sample.
     """
 
     def __init__(
@@ -225,8 +243,7 @@ class SparseAttention:
     def select(self, x: Tensor, tokens: Tokens, qk: float, vo: float) -> dict[str, Tensor]:
         """Channels to keep of each projection for x (R, T, D): "q", "k", "v", "o", of those parts
         that are sparse; with GPT-2 "qkv" and "o"."""
-        rows, counted = x.flatten(0, 1), tokens.counted.to(x.dtype).view(-1, 1)
-        norms = dict(zip("qkv", self.guess.norms(rows, counted).split(self.widths), strict=True))
+        norms = dict(zip("qkv", self._norms(x, tokens).split(self.widths), strict=True))
         found: dict[str, Tensor] = {}
         if qk:
             found["q"], found["k"] = qk_channels(
@@ -240,6 +257,19 @@ class SparseAttention:
             rows = [found.pop(n, every) + i * size for i, n in enumerate("qkv")]
             found["qkv"] = torch.cat(rows)
         return found
+
+    def sampled(self) -> list[Projection]:
+        """What a sample of tokens goes through to choose channels."""
+        return [p for key, p in self.projections.items() if key != "o"]
+
+    def _norms(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Of queries, keys and values, side by side, over the context or a sample of it."""
+        rows = x.flatten(0, 1)
+        if self.guess is not None:
+            return self.guess.norms(rows, tokens.counted.to(x.dtype).view(-1, 1))
+        at, stands = tokens.sample
+        some = rows[at]
+        return torch.cat([_norms(p.frozen(some), stands) for p in self.sampled()])
 
     def _look(self, x: Tensor) -> Any:
         """Channels of x and x taken apart, once for q, k and v; None where all is dense."""
@@ -297,6 +327,11 @@ class SparseAttention:
         width = self.projections["o"].n_out
         first, second = ("q", "k") if part == "qk" else ("v", "q")  # o is as wide as q
         return width * (self.sizes[first] + self.sizes[second]), 0
+
+
+def _norms(y: Tensor, stands: Tensor) -> Tensor:
+    """Of each column of y (S, n), float32, a row counting as often as it `stands` (S, 1) for."""
+    return (y.float().square() * stands).sum(0).sqrt()
 
 
 @dataclass(frozen=True)

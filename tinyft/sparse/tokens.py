@@ -8,12 +8,14 @@ prompt's last token goes into the loss as any other's does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _NO_LOSS = -100
+_EVERY = 16
 SPLITS = ("context", "all")
 
 
@@ -33,6 +35,19 @@ class Tokens:
     sparse: Tensor
     dense: Tensor
     counted: Tensor
+
+    @cached_property
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Some of the counted tokens, flat indices (S,), and how many each stands for, (S, 1)
+        float32: the first of each row, which many models make a sink of attention with activations
+        unlike all others, and every 16th of the rest."""
+        counted = self.counted.bool()
+        is_first = counted & (counted.cumsum(1) == 1)
+        first, rest = (m.flatten().nonzero().flatten() for m in (is_first, counted & ~is_first))
+        rest = rest[::_EVERY]
+        stands = self.counted.new_ones(len(first) + len(rest), 1)
+        stands[len(first) :] = _EVERY
+        return torch.cat([first, rest]), stands
 
     @classmethod
     def of(cls, labels: Tensor | None, mask: Tensor, split: str = "context") -> Tokens:
