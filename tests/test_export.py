@@ -137,6 +137,34 @@ def test_a_wrong_gradient_is_named(tmp_path, tiny_tokenizer, monkeypatch, capsys
     assert not out.exists()
 
 
+@pytest.mark.parametrize("weight_decay, passes", [("0", True), ("3", False)])
+def test_losses_that_rounding_moves(
+    weight_decay, passes, tmp_path, tiny_tokenizer, monkeypatch, capsys
+):
+    """Steps so large that rounding alone takes two runs apart pass, held to float64's losses; an
+    update that is another does not (without the weight decay that was asked for)."""
+    from tinyft.targets import gate, graphs
+
+    right = graphs.gradient_step
+    monkeypatch.setattr(graphs, "gradient_step", lambda *a: right(*a[:3], 0.0))
+    monkeypatch.setattr(gate, "_MOST_LR", 1e-2)
+    monkeypatch.setattr(gate, "TOLERANCE", 6e-8)  # half the distance of two float32
+    monkeypatch.setattr(gate, "check_gradients", lambda *a: {})
+    monkeypatch.setattr(gate, "compare_movement", lambda *a: 0.0)
+    base = save_tiny_model(tmp_path / "base", "llama", tiny_tokenizer)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["export", "--model", str(base), "--data", str(data), "--method", "full"]
+    words += ["--target", "raspberry-pi-5", "--output", str(out), "--lr", "1e-2"]
+    assert main([*words, "--weight-decay", weight_decay]) == (0 if passes else 2)
+    if passes:
+        parity = json.loads((out / "parity.json").read_text())
+        error, own = (parity[f"loss_error{of}_in_float64"] for of in ("", "_of_torch"))
+        assert parity["loss_error"] > 6e-8 and 0 < error <= 2 * own + 6e-8
+    else:
+        assert "the loss of step 1 is" in capsys.readouterr().err and not out.exists()
+
+
 @pytest.mark.parametrize("rows", [ROWS, [{"text": "It was a great film."}, {"text": "A bore."}]])
 def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path):
     from tokenizers import Tokenizer
