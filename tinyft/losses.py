@@ -155,12 +155,12 @@ def logits_at(model: nn.Module, batch: Any, position: Tensor) -> Tensor:
     """
     plan = check_head(model, batch.copies)
     states = _selected(model, batch, position, plan)
-    return states.float() if plan.whole else _logits(_head(model), states, plan)
+    return _wide(states) if plan.whole else _logits(_head(model), states, plan)
 
 
 def class_logits(model: nn.Module, batch: Any) -> Tensor:
     """Logits (R, classes) float32 of a sequence classifier."""
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    return _wide(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
 
 
 def _answer_scores(model: nn.Module, batch: Any) -> Tensor:
@@ -276,9 +276,14 @@ def _backbone(model: nn.Module, ids: Tensor, mask: Tensor, plan: HeadPlan) -> Te
     return getattr(out, "last_hidden_state", None)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is that: a model in float64 checks others."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _logits(head: nn.Module, hidden: Tensor, plan: HeadPlan) -> Tensor:
     """Float32 logits of `hidden` (..., D) through the head as a module."""
-    logits = head(hidden).float()
+    logits = _wide(head(hidden))
     if plan.scale != 1.0:
         logits = logits * plan.scale
     if plan.softcap is not None:
@@ -305,7 +310,7 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
         weight, bias, later = postpone(head.weight, head.bias)
     states = _selected(model, batch, position, plan)
     if plan.whole:
-        return nn.functional.cross_entropy(states.float().transpose(1, 2), labels, reduction="none")
+        return nn.functional.cross_entropy(_wide(states).transpose(1, 2), labels, reduction="none")
     if chunked:
         losses = chunked_cross_entropy(
             (states * plan.scale if plan.scale != 1.0 else states).flatten(0, 1),
