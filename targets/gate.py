@@ -97,7 +97,7 @@ def check(job: Any, folder: Path) -> dict[str, Any]:
     else:
         start: dict[str, np.ndarray] = {}
         device.read_tensors(folder / "initial.safetensors", start)
-        found |= compare_losses(wanted, losses, lambda: exact_losses(job, start, batches, lr))
+        found |= compare_losses(wanted, losses, lambda: plain_losses(job, start, batches, lr))
         last["movement_error"] = compare_movement(job, start, runner.trained())
     return {**found, "runtime": f"onnxruntime {device.onnxruntime.__version__}", **last}
 
@@ -219,18 +219,18 @@ def _errors(found: Mapping[str, Any], wanted: dict[str, torch.Tensor]) -> dict[s
 def compare_losses(
     wanted: Sequence[float],
     found: Sequence[float],
-    exact: Callable[[], Sequence[float]] | None = None,
+    plain: Callable[[], tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> dict[str, float]:
     """Compare the losses of an export's steps with the engine's.
 
-    As for gradients, an error above the tolerance counts against float64's losses, where the
-    engine's own are off, too: it may be twice as large as the engine's were by then, and the
+    As for gradients, an error above the tolerance counts against float64's losses, where torch's
+    own in float32 are off, too: it may be twice as large as torch's were by then, and the
     tolerance.
 
     Args:
         wanted: the engine's, step by step.
         found: the export's.
-        exact: makes float64's, if they are needed; None: there are none.
+        plain: makes torch's in float32 and in float64, if they are needed; None: there are none.
 
     Returns:
         the largest error, of a loss's size; float64's, if they were needed.
@@ -240,9 +240,9 @@ def compare_losses(
     """
     errors, allowed = _off(found, wanted), np.full(len(wanted), TOLERANCE)
     report = {"loss_error": float(errors.max())}
-    if not report["loss_error"] <= TOLERANCE and exact:
-        right = exact()
-        errors, own = _off(found, right), np.maximum.accumulate(_off(wanted, right))
+    if not report["loss_error"] <= TOLERANCE and plain:
+        single, exact = plain()
+        errors, own = _off(found, exact), np.maximum.accumulate(_off(single, exact))
         allowed += 2 * own
         report["loss_error_in_float64"] = float(errors.max())
         report["loss_error_of_torch_in_float64"] = float(own[-1])
@@ -259,15 +259,17 @@ def _off(found: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
     return np.abs(np.subtract(found, wanted)) / np.maximum(np.abs(wanted), 1e-6)
 
 
-def exact_losses(
+def plain_losses(
     job: Any, start: Mapping[str, np.ndarray], batches: Sequence[Batch], lr: float
-) -> list[float]:
-    """The losses of steps from `start` on in float64, by torch's own optimizer and plain autograd:
-    nothing of this project's but the loss. The model stays as it is."""
+) -> tuple[list[float], list[float]]:
+    """The losses of steps from `start` on in float32 and in float64, by torch's own optimizer and
+    plain autograd: nothing of this project's but the loss. The model stays as it is."""
+    with _moved(job, start):
+        single = list(_plain_training(job, batches, lr))
     with _moved(job, start):
         job.model.double()
         try:
-            return list(_plain_training(job, batches, lr))
+            return single, list(_plain_training(job, batches, lr))
         finally:
             job.model.float()
 
