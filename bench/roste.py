@@ -4,9 +4,9 @@
 
 Fine-tuning in 16 bits, and what becomes of it by rounding to nearest, GPTQ (llmcompressor's, by an
 interpreter that has it: its transformers is another) and rotation with rounding; and fine-tuning of
-the quantised model: without rotations, with all, adaptive (RoSTE; also with scales by
-groups), on a frozen 4-bit base, by MeZO.
-All but the first at W4A8KV8 and at W4A4KV4; the rows that decide with a second seed.
+the quantised model: without rotations, with all, adaptive (RoSTE; also with scales by groups), on a
+frozen 4-bit base, by MeZO. All but the first at W4A8KV8 and at W4A4KV4; the rows that decide with a
+second seed.
 
 Every row is a command in a process of its own, scored on held-out rows. What `results/roste.csv`
 holds is not run again (delete a line to have it anew), what was interrupted resumes; processes with

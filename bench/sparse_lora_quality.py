@@ -6,10 +6,10 @@ Film-review sentiment after four labelled reviews, and a restaurant's descriptio
 (the shots are training rows, also for held-out ones). Rows: the model as it came; dense LoRA;
 calibrated schedules at shares 0.65 and 0.5 of its FLOPs; the same sparsity in all MLPs at 0.65;
 calibrated at 0.5 with the output's tokens sparse, too; and calibrated with channels chosen by the
-published guess from singular vectors. Every row is one `tinyft train` in a process
-of its own, scored by a `tinyft eval` on held-out rows. What `results/sparse_lora_quality.csv` holds
-is not run again (delete a line to have it anew), what was interrupted resumes, and processes with
-other `--tasks` or `--rows` may run beside. FLOPs and time are the whole run's: dense first steps
+published guess from singular vectors. Every row is one `tinyft train` in a process of its own,
+scored by a `tinyft eval` on held-out rows. What `results/sparse_lora_quality.csv` holds is not run
+again (delete a line to have it anew), what was interrupted resumes, and processes with other
+`--tasks` or `--rows` may run beside. FLOPs and time are the whole run's: dense first steps
 and calibration included, scoring not.
 """
 

@@ -25,7 +25,7 @@ from tinyft.zeroth.update import update_
 
 STEPS, TOLERANCE = 20, 1e-5
 # Adam divides a gradient by its size, rounding too, and large steps make one run of another: graphs
-# take the rate as an input, so a small one checks them.
+# take the rate as an input, so none larger is needed to check them.
 _MOST_LR = 1e-3
 # A gradient below this share of the largest is rounding alone (a key's bias, whose gradient is 0):
 # it is held to the tolerance at this size.

@@ -278,7 +278,7 @@ def _backbone(model: nn.Module, ids: Tensor, mask: Tensor, plan: HeadPlan) -> Te
 
 def _wide(x: Tensor) -> Tensor:
     """In float32, or float64 if it is that: a model in float64 checks others."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logits(head: nn.Module, hidden: Tensor, plan: HeadPlan) -> Tensor:
@@ -354,12 +354,12 @@ def _head_scores(model: nn.Module, batch: Any, position: Tensor, ids: Tensor) ->
     plan = check_head(model, batch.copies)
     states = _selected(model, batch, position, plan)
     if plan.whole:
-        return states.float().flatten(0, 1).gather(1, ids)
+        return _wide(states).flatten(0, 1).gather(1, ids)
     head = _head(model)
     if is_plain_linear(head):
         # Rows of the head for the choices alone, never the vocabulary.
         rows = nn.functional.embedding(ids, head.weight)  # (B * copies, C, D)
-        logits = (rows @ states.reshape(-1, states.shape[-1], 1)).squeeze(2).float()
+        logits = _wide((rows @ states.reshape(-1, states.shape[-1], 1)).squeeze(2))
         if head.bias is not None:
             logits = logits + head.bias[ids]
         return _logits(nn.Identity(), logits, plan)

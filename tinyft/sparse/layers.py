@@ -132,7 +132,7 @@ class SparseMLP:
         if self.guess is None:
             at, stands = tokens.sample
             some = x.flatten(0, 1)[at]
-            h = {key: p.frozen(some) for key, p in self.first.items()}
+            h = {key: p.base(some) for key, p in self.first.items()}
             return _norms(self.inner(h), stands) * self.reach
         counted = tokens.counted.to(x.dtype).unsqueeze(1)
         mean = (counted @ x).squeeze(1) / counted.sum(2).clamp(min=1)
@@ -269,7 +269,7 @@ class SparseAttention:
             return self.guess.norms(rows, tokens.counted.to(x.dtype).view(-1, 1))
         at, stands = tokens.sample
         some = rows[at]
-        return torch.cat([_norms(p.frozen(some), stands) for p in self.sampled()])
+        return torch.cat([_norms(p.base(some), stands) for p in self.sampled()])
 
     def _look(self, x: Tensor) -> Any:
         """Channels of x and x taken apart, once for q, k and v; None where all is dense."""

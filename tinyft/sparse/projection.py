@@ -68,10 +68,6 @@ class Projection:
         """The weight (out, in)."""
         return dense_weight(self.base)
 
-    def frozen(self, x: Tensor) -> Tensor:
-        """The base's outputs (N, out), bias included, without an adapter."""
-        return self.base(x)
-
     def gather(self, index: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
         """Rows (k, in), or columns as rows (k, out), of the weight in `dtype`."""
         if self._stored is not None:
