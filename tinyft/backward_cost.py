@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyft.cost import FlopCounter, flops_of
+from tinyft.cost import FlopCounter, flops_of, tensors_in
 
 Mask = NDArray[np.bool_]
 
@@ -243,9 +243,9 @@ class _Blame(TorchDispatchMode):
         if torch.is_grad_enabled():
             return out  # a block that is run again serves all its tensors
         behind = {len(self._costs) - 1} if flops else set()
-        for operand in _tensors((*args, *(kwargs or {}).values())):
+        for operand in tensors_in((*args, *(kwargs or {}).values())):
             behind |= self._behind(operand)
-        for result in _tensors((out,)):
+        for result in tensors_in((out,)):
             self._mark(result, behind)
         return out
 
@@ -259,11 +259,3 @@ class _Blame(TorchDispatchMode):
         if tensor is None:
             return set()
         return self._made_of.get(tensor.untyped_storage()._cdata, (None, set()))[1]
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)

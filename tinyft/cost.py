@@ -8,7 +8,7 @@ attention on a CPU and for packed 8- and 4-bit products; these formulas include 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +76,17 @@ def _packed_product(name: str, args: tuple, out: Any) -> int:
         result = out if isinstance(out, Tensor) else args[-1]
         return 2 * args[0].numel() * result.shape[-1]
     return 0
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Those among an operator's operands or results, which may come in lists."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
 
 
 def flops_of(func: Any, args: tuple, out: Any) -> int:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from tinyft.cost import flops_of
+from tinyft.cost import flops_of, tensors_in
 
 _SMALL = 1 << 12  # elements; below, a stand-in is written where a value would be
 _LARGE = 1 << 16  # elements; factories of less run for real
@@ -166,21 +166,22 @@ class DryRun(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self._now += 1
-        if not self._phases or self._phases[-1][1] != _in_backward():
-            self._phases.append((self._now, _in_backward()))
+        backward = _in_backward()
+        if not self._phases or self._phases[-1][1] != backward:
+            self._phases.append((self._now, backward))
         kind = _kind(func)
-        if kind in ("view", "read"):
+        if kind == "view" or kind == "read":
             return func(*args, **kwargs)
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = tensors_in((*args, *kwargs.values()))
         if _is_meta(tensors, kwargs):
             return func(*args, **kwargs)
-        if not any(map(self._is_dry, tensors)) and not _is_large_factory(func, args):
+        if not self._any_dry(tensors) and not _is_large_factory(func, args):
             out = func(*args, **kwargs)
         elif kind == "mutable":
             out = self._mutate(func, args, kwargs)
         else:
             out = self._make(func, args, kwargs)
-        results = list(_tensors((out,)))
+        results = tensors_in((out,))
         for tensor in results:
             self._track(tensor)
         self._count(func, args, out, tensors, results)
@@ -196,23 +197,20 @@ class DryRun(TorchDispatchMode):
 
     def _mutate(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An operation that writes into some of its arguments: at most their shapes change."""
-        names = [a.name for a in func._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        if any(a.is_out for a in func._schema.arguments):
+        schema = _schema(func)
+        given = dict(zip(schema.names, args, strict=False)) | kwargs
+        if schema.has_out:
             for name, shape in _remembered(_shapes_written, func, args, kwargs).items():
                 if given[name].shape != shape.size:
                     given[name].resize_(shape.size).as_strided_(shape.size, shape.stride)
-        for tensor in _tensors([given.get(name) for name in written]):
+        for tensor in tensors_in([given.get(name) for name in schema.written]):
             self._stand_in(tensor)
-        if scratch := _SCRATCH.get(func.name()):
-            n_bytes = scratch * args[1].numel()
+        if schema.scratch_bytes:
+            n_bytes = schema.scratch_bytes * args[1].numel()
             self._grow(n_bytes)
             self._grow(-n_bytes)
-        if not func._schema.returns:
-            return None
-        made = [given[name] for name in written][: len(func._schema.returns)]
-        return made[0] if len(made) == 1 else tuple(made)
+        made = [given[name] for name in schema.written[: schema.n_results]]
+        return tuple(made) if len(made) > 1 else made[0] if made else None
 
     def _empty(self, shape: _Shape | None) -> Tensor | None:
         if shape is None:
@@ -228,13 +226,13 @@ class DryRun(TorchDispatchMode):
         if key not in self._dry:
             self._dry[key] = weakref.ref(storage, lambda _: self._dry.pop(key, None))
         if tensor.numel() <= _SMALL and tensor.device.type == "cpu":
-            if tensor.is_floating_point():  # distinct, finite, positive
-                tensor.copy_(torch.linspace(1, 2, tensor.numel()).view(tensor.shape))
+            if tensor.is_floating_point():
+                tensor.copy_(_likely(tensor.numel()).view(tensor.shape))
             else:
                 tensor.fill_(tensor.dtype == torch.bool)
 
-    def _is_dry(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._dry
+    def _any_dry(self, tensors: list[Tensor]) -> bool:
+        return any([tensor.untyped_storage()._cdata in self._dry for tensor in tensors])
 
     # Memory.
 
@@ -268,7 +266,7 @@ class DryRun(TorchDispatchMode):
 
     def _count(self, func: Any, args: tuple, out: Any, read: list, written: list) -> None:
         flops = self._times * flops_of(func, args, out)
-        moved_bytes = self._times * sum(t.numel() * t.element_size() for t in (*read, *written))
+        moved_bytes = self._times * sum([t.nbytes for t in (*read, *written)])
         self.operations += self._times
         self.flops += flops
         self.moved_bytes += moved_bytes
@@ -277,23 +275,20 @@ class DryRun(TorchDispatchMode):
             self.product_bytes += moved_bytes
 
 
+@cache
+def _likely(n: int) -> Tensor:
+    """So many values, distinct, finite, positive."""
+    return torch.linspace(1, 2, n)
+
+
 def _is_meta(read: list[Tensor], kwargs: dict[str, Any]) -> bool:
     """Whether an operation takes no memory and no time in a real run either."""
     device = kwargs.get("device")
-    return (device is not None and device.type == "meta") or any(t.is_meta for t in read)
+    return (device is not None and device.type == "meta") or any([t.is_meta for t in read])
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among operands or results, which may come in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 class _Shape(NamedTuple):
@@ -329,7 +324,7 @@ def _remembered(find: Callable, func: Any, args: tuple, kwargs: dict[str, Any]) 
 
 def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        return _Shape.of(value)
+        return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):
         return tuple(map(_key, value))
     return type(value), value  # 1, 1.0 and True are equal, and make different tensors
@@ -347,7 +342,7 @@ def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def _shapes_made(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if "device" in kwargs or not any(True for _ in _tensors(args)):
+    if "device" in kwargs or not any(True for _ in tensors_in(args)):
         kwargs["device"] = torch.device("meta")
     kwargs.pop("pin_memory", None)
     out = func(*args, **kwargs)
@@ -364,6 +359,28 @@ def _shapes_written(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     made = func.overloadpacket(*args, **others)
     results = [made] if isinstance(made, Tensor) else made
     return {name: _Shape.of(t) for name, t in zip(names, results, strict=True)}
+
+
+class _Schema(NamedTuple):
+    """What an operation that writes into its arguments says of itself, found out once."""
+
+    names: tuple[str, ...]
+    written: tuple[str, ...]
+    has_out: bool
+    n_results: int
+    scratch_bytes: int  # for each element of the first operand
+
+
+@cache
+def _schema(func: Any) -> _Schema:
+    arguments = func._schema.arguments
+    return _Schema(
+        tuple(a.name for a in arguments),
+        tuple(a.name for a in arguments if a.alias_info and a.alias_info.is_write),
+        any(a.is_out for a in arguments),
+        len(func._schema.returns),
+        _SCRATCH.get(func.name(), 0),
+    )
 
 
 def _returns_list(func: Any) -> bool:

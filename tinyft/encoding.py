@@ -201,6 +201,13 @@ class _Encoding:
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.tokenizer.is_fast:
+            # Without the offsets that nobody asks for: half the time.
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            made = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in made]
         # verbose=False: no warning about rows beyond the model's length, since they are cut here.
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
