@@ -49,7 +49,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "green-0.7-bf16": {"method": "green_trainer", "rho": 0.7, **BF16, **GRADIENT},
     "green-0.5-f32": {"method": "green_trainer", "rho": 0.5, **F32, **GRADIENT},
     "mezo-f32": {"method": "mezo", "trainable": "all", **F32, **ZEROTH},
+    "sparse-bf16": {"method": "sparse_lora", **BF16, **GRADIENT},
+    "sparse-4": {"method": "sparse_lora", "base_bits": 4, **BF16, **GRADIENT},
+    "roste-bf16": {"method": "roste", "trainable": "all", **BF16, **GRADIENT},
+    "roste-lora-bf16": {"method": "roste", "trainable": "lora", **BF16, **GRADIENT},
+    "roste-mezo-bf16": {"method": "roste_mezo", **BF16, **ZEROTH},
 }
+DECODERS_ONLY = ("sparse_lora", "roste", "roste_mezo")
 
 
 def inputs_of(task: str, folder: Path) -> dict[str, str]:
@@ -69,7 +75,7 @@ def curve(task: str, seed: int, output: Path) -> dict[str, Any]:
     loss |= {line["step"]: line["eval"]["loss"] for line in lines if "eval" in line}
     loss[report["measured"]["steps"]] = report["eval"]["after"]["loss"]
     config = report["config"]
-    kept = ("method", "trainable", "base_bits", "dtype", "rho")
+    kept = ("method", "trainable", "base_bits", "dtype", "rho", "flops_share")
     return {
         "task": task,
         "model": TASKS[task][0],
@@ -130,6 +136,8 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.only:
             for task in arguments.tasks:
+                if task == "reviews-encoder" and RUNS[name]["method"] in DECODERS_ONLY:
+                    continue
                 config = common | inputs_of(task, arguments.runs) | RUNS[name] | {"seed": seed}
                 for field in ("steps", "eval_every"):
                     config[field] *= TASKS[task][2]

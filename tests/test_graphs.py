@@ -82,6 +82,27 @@ def test_gradient_step(family, trainable, twice, tmp_path):
         optimizer.step()
 
 
+@pytest.mark.parametrize("sure", [0.1, 1, 3, 6])
+def test_cross_entropy_keeps_its_digits(sure):
+    """Over a real vocabulary, loss and pull at the hidden state, from likely to certain labels."""
+    torch.manual_seed(0)
+    head = torch.randn(49152, 64) / 4
+    logits = sure * torch.randn(8, 64) @ head.t()
+    labels = logits.topk(2).indices[torch.arange(8), torch.arange(8) % 2]  # the best, or the next
+
+    def found(loss, logits):
+        logits = logits.clone().requires_grad_()
+        losses = loss(logits, labels)
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+        return losses.detach().double(), gradient.double() @ head.double()
+
+    plain = torch.nn.CrossEntropyLoss(reduction="none")
+    losses, pulls = found(plain, logits.double())
+    ours, our_pulls = found(graphs._CrossEntropy.apply, logits)
+    torch.testing.assert_close(ours, losses, rtol=2e-7, atol=1e-30)
+    assert ((our_pulls - pulls).norm(dim=1) <= 1e-6 * pulls.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize(
     "family, trainable, directions",
     [("llama", "all", "rademacher"), ("gpt2", "lora", "sign-rank1"), ("opt", "all", "sign-rank1")],
