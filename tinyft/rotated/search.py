@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tinyft.dry_run import alike
 from tinyft.errors import InputError
 from tinyft.kernels.hadamard_quant import rotate_ref
+from tinyft.memory import trim
 from tinyft.rotated.families import family_of
 from tinyft.rotated.layers import QuantLinear, convert
 from tinyft.rotated.quantisers import CLIPS, Int4Groups, Quantiser
@@ -280,7 +281,13 @@ class Rotated:
         """Pack all weights for good, one after the other."""
         for block in blocks_of(self.model):
             for linear in block.linears():
+                self.gains.pop(linear.weight, None)  # it keeps what it is the gain of
                 linear.freeze_int4(self.recipe.group or 64)
+            trim()  # or the temporaries stay
+        # A file's mapping, with the pages that rotating wrote to, lives as long as one tensor of it.
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
 
     def manifest(self) -> dict[str, Any]:
         """Recipe and choices as JSON has them."""

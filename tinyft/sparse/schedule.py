@@ -18,7 +18,7 @@ from tinyft.errors import InputError
 
 Key = tuple[int, str]
 Floats = NDArray[np.float64]
-LEVELS = (0.75, 0.97)  # sparsities that are tried
+LEVELS = (0.5, 0.75, 0.9, 0.97)  # sparsities that are tried
 
 
 def costs(effects: Floats) -> Floats:
