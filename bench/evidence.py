@@ -23,6 +23,7 @@ from commands import kept, train
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
+from tinyft.models import kind_of
 from tinyft.optim import METHODS
 
 EVIDENCE = Path(__file__).parent.parent / "tinyft" / "evidence.json"
@@ -67,6 +68,14 @@ def inputs_of(task: str, folder: Path) -> dict[str, str]:
     return {"model": model, "data": f"{data}:train", "eval_data": str(held_out)}
 
 
+def kind_of_rows(model: str, data: str) -> str:
+    """As `tinyft.encoding` calls what it makes of a task's rows."""
+    if kind_of(model) == "encoder":
+        return "class"
+    first = (fetch(data) / "dev.jsonl").open().readline()
+    return "choice" if "choices" in json.loads(first) else "lm"
+
+
 def curve(task: str, seed: int, output: Path) -> dict[str, Any]:
     """Held-out loss by examples seen, from a finished run."""
     report = json.loads((output / "report.json").read_text())
@@ -78,6 +87,7 @@ def curve(task: str, seed: int, output: Path) -> dict[str, Any]:
     kept = ("method", "trainable", "base_bits", "dtype", "rho", "flops_share")
     return {
         "task": task,
+        "kind": kind_of_rows(*TASKS[task][:2]),
         "model": TASKS[task][0],
         "seed": seed,
         "config": {name: config[name] for name in kept if name in config},
@@ -96,12 +106,14 @@ def of_benchmark(folder: Path) -> list[dict[str, Any]]:
         config = {name: row[name] for name in ("method", "trainable", "base_bits", "dtype")}
         config |= {"rho": float(options["rho"])} if "rho" in options else {}
         task = f"{row['task']}, {row['model']}, rates searched"
-        one = {"task": task, "model": row["model"], "seed": row["seed"], "config": config}
+        kind = kind_of_rows(row["model"], row["task"])
+        one = {"task": task, "kind": kind, "model": row["model"], "seed": row["seed"]}
+        one |= {"config": config}
         points = runs.setdefault(json.dumps(one), one | {"points": {0: row["loss_before"]}})
         points["points"][row["examples"]] = round(row["loss_after"], 4)
     return [
         {
-            **{name: one[name] for name in ("task", "model", "seed", "config")},
+            **{name: one[name] for name in ("task", "kind", "model", "seed", "config")},
             "examples": sorted(one["points"]),
             "loss": [round(one["points"][n], 4) for n in sorted(one["points"])],
         }

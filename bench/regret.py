@@ -73,7 +73,7 @@ def run(verdict: Verdict, steps: int, output: Path) -> dict[str, Any]:
 
 def curve(row: Mapping[str, Any]) -> Curve:
     points = (tuple(json.loads(str(row[name]))) for name in ("examples", "loss"))
-    return Curve(row["task"], MODEL, row["seed"], {}, *points)
+    return Curve(row["task"], "", MODEL, row["seed"], {}, *points)
 
 
 def main() -> None:

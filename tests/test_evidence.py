@@ -10,8 +10,8 @@ import pytest
 from tinyft.evidence import Curve, curves, parse, worth
 
 
-def curve(loss, task="reviews", seed=0, **config):
-    return Curve(task, "m", seed, config, tuple(range(0, 100 * len(loss), 100)), tuple(loss))
+def curve(loss, task="reviews", seed=0, kind="choice", **config):
+    return Curve(task, kind, "m", seed, config, tuple(range(0, 100 * len(loss), 100)), tuple(loss))
 
 
 def test_a_curve_between_its_points():
@@ -52,16 +52,35 @@ def test_what_is_most_alike_counts():
     assert after(base_bits=8, dtype="float16") == pytest.approx((1.0 + 0.8 + 0.4) / 3)
 
 
+def test_curves_of_the_same_kind_of_rows_come_first():
+    known = [
+        curve([2.0, 1.0], method="lora"),
+        curve([2.0, 1.5], method="full"),
+        curve([2.0, 1.8], task="e2e", kind="lm", method="lora"),
+        curve([2.0, 1.0], task="e2e", kind="lm", method="full"),
+        curve([2.0, 1.6], task="e2e", kind="lm", method="mezo"),
+    ]
+
+    def after(method, kind):
+        return worth({"method": method}, 100, known, kind=kind)
+
+    assert [after("lora", kind) for kind in ("choice", "lm")] == pytest.approx([1.0, 0.2])
+    assert [after("full", kind) for kind in ("choice", "lm")] == pytest.approx([0.5, 1.0])
+    assert after("mezo", "choice") == pytest.approx(0.4)  # there are none
+    assert after("lora", "class") == after("lora", None) == pytest.approx(0.6)
+
+
 def test_the_repositorys_curves_are_sound():
     for one in curves():
         assert len(one.examples) == len(one.loss) >= 2
         assert one.examples[0] == 0
         assert list(one.examples) == sorted(set(one.examples))
         assert all(math.isfinite(loss) for loss in one.loss)
+        assert one.kind in ("lm", "choice", "class")
         assert {"method", "trainable", "base_bits", "dtype"} <= one.config.keys()
 
 
 def test_curves_are_read_as_written():
-    row = {"task": "t", "model": "m", "seed": 1, "config": {"method": "lora"}}
+    row = {"task": "t", "kind": "lm", "model": "m", "seed": 1, "config": {"method": "lora"}}
     text = json.dumps({"curves": [row | {"examples": [0, 8], "loss": [2.0, 1.5]}]})
-    assert parse(text) == (Curve("t", "m", 1, {"method": "lora"}, (0, 8), (2.0, 1.5)),)
+    assert parse(text) == (Curve("t", "lm", "m", 1, {"method": "lora"}, (0, 8), (2.0, 1.5)),)

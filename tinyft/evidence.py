@@ -24,13 +24,15 @@ class Curve:
     """One run.
 
     Attributes:
-        task, model, seed: what was learned, by what, and the run's seed.
+        task, kind, model, seed: what was learned, of which kind its rows are once encoded ("lm",
+            "choice" or "class"), by what, and the run's seed.
         config: the fields that set the run apart: the method, what it trained, the precision.
         examples: seen in training when `loss` was measured, from 0 on, `(N,)`.
         loss: held out, `(N,)`.
     """
 
     task: str
+    kind: str
     model: str
     seed: int
     config: Mapping[str, Any]
@@ -63,27 +65,34 @@ def curves() -> tuple[Curve, ...]:
 
 
 def worth(
-    config: Mapping[str, Any], examples: int, known: Sequence[Curve] | None = None
+    config: Mapping[str, Any],
+    examples: int,
+    known: Sequence[Curve] | None = None,
+    *,
+    kind: str | None = None,
 ) -> float | None:
     """Mean over the tasks of what so many examples are worth to a method.
 
-    Of the method's runs those count that have most in common with `config`, in the order in which
-    the fields stand in a curve: what is trained first, then the precision.
+    Of the method's runs those on rows of the same kind count, if there are any: what learns a text
+    best is not what learns to choose best. Of these those that have most in common with `config`,
+    in the order in which the fields stand in a curve: what is trained first, then the precision.
 
     Args:
         config: flat; holds `method`.
         examples: seen in training, repetitions counted.
         known: curves; the repository's if None.
+        kind: of the rows; None: any.
 
     Returns:
         None if no run of the method was measured.
     """
     known = curves() if known is None else known
+    of_method = [curve for curve in known if curve.config["method"] == config["method"]]
+    alike = [curve for curve in of_method if curve.kind == kind] or of_method
     by_task: dict[str, list[float]] = {}
-    for task in dict.fromkeys(curve.task for curve in known):
-        of_task = [curve for curve in known if curve.task == task]
-        best = min(min(curve.loss) for curve in of_task)
-        for curve in _nearest(config, of_task):
+    for task in dict.fromkeys(curve.task for curve in alike):
+        best = min(min(curve.loss) for curve in known if curve.task == task)
+        for curve in _nearest(config, [curve for curve in alike if curve.task == task]):
             start = curve.loss[0]
             by_task.setdefault(task, []).append(
                 (start - curve.loss_after(examples)) / (start - best)
@@ -92,8 +101,8 @@ def worth(
 
 
 def _nearest(config: Mapping[str, Any], known: Sequence[Curve]) -> list[Curve]:
-    """The curves of the method that agree with `config` in most fields, early fields first."""
-    left = [curve for curve in known if curve.config["method"] == config["method"]]
+    """Those that agree with `config` in most fields, early fields first."""
+    left = list(known)
     for name in dict.fromkeys(name for curve in left for name in curve.config):
         same = [c for c in left if name in c.config and c.config[name] == config.get(name)]
         left = same or left

@@ -209,7 +209,7 @@ def _planned(
         return _cost(trace(config, job), config, job, machine)
 
     def judged(candidate: Candidate, examples: int) -> float | None:
-        return worth(candidate.groups[0][0].config, examples)
+        return worth(candidate.groups[0][0].config, examples, kind=job.encoded.kind)
 
     def verdict(candidate: Candidate) -> Verdict | str:
         try:

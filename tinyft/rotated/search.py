@@ -284,7 +284,7 @@ class Rotated:
                 self.gains.pop(linear.weight, None)  # it keeps what it is the gain of
                 linear.freeze_int4(self.recipe.group or 64)
             trim()  # or the temporaries stay
-        # A file's mapping, with the pages that rotating wrote to, lives as long as one tensor of it.
+        # A file's mapping, and what rotating wrote to in it, lives as long as one tensor of it.
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
