@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,6 +349,19 @@ def test_the_planner_prices_the_real_step(configured, tmp_path, monkeypatch, met
         preparation, *steps = pricing._look(config, job, model.config).peaks
         assert preparation["weights"] >= 4 * parameters
         assert all(4 * embedding < kinds["weights"] < 4 * parameters for kinds in steps)
+
+
+def test_a_frozen_base_lets_go_of_what_it_was_made_from(tiny_model_dir):
+    folder = tiny_model_dir()
+    model = load(folder, dtype="float32").model  # mapped from its file
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    latent = [weakref.ref(linear.weight) for b in blocks_of(model) for linear in b.linears()]
+    optimizer = tinyft.RoSTE(model, lr=1e-2, trainable="lora")
+    batch = batch_of(0)
+    optimizer.prepare(lambda b: objective("lm")(model, b), [batch])
+    assert not any(reference() is not None for reference in latent)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    optimizer.step(lambda b: objective("lm")(model, b), batch)
 
 
 def test_a_step_without_a_closure_before_calibration_is_refused():
