@@ -164,9 +164,9 @@ def test_reasons_say_what_decided():
     reasons = {v.candidate.name: v.reason for v in found.verdicts}
     assert reasons == {
         "as good and quicker": "learns most: 90% of the best known, the quickest of 2 such",
-        "good": "fits, takes 2x the time",
-        "poor": "fits, learns less: 50% of the best known",
-        "unknown": "fits, but nothing is known of how much it learns",
+        "good": "takes 2x the time",
+        "poor": "learns less: 50%",
+        "unknown": "no evidence of what it learns",
         "large": "needs 300 MiB",
     }
 

@@ -204,11 +204,11 @@ def _why(chosen: Verdict, equal: Sequence[Verdict], fitting: Sequence[Verdict]) 
 
 def _why_not(verdict: Verdict, chosen: Verdict) -> str:
     if verdict.worth is None and chosen.worth is not None:
-        return "fits, but nothing is known of how much it learns"
+        return "no evidence of what it learns"
     if verdict.worth is None or verdict.worth >= (chosen.worth or 0.0) - TOLERANCE:
         ratio = verdict.totals["time_s"] / max(chosen.totals["time_s"], 1e-9)
-        return f"fits, takes {ratio:.2g}x the time"
-    return f"fits, learns less: {_percent(verdict.worth)} of the best known"
+        return f"takes {ratio:.2g}x the time"
+    return f"learns less: {_percent(verdict.worth)}"
 
 
 def _percent(share: float) -> str:
