@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from commands import add, kept, train
 
 from tinyft.assets import fetch
 from tinyft.budget import Budget
 from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
-from tinyft.evidence import Curve
 from tinyft.planner import Verdict
 from tinyft.planning import make_plan
 
@@ -71,9 +71,9 @@ def run(verdict: Verdict, steps: int, output: Path) -> dict[str, Any]:
     }
 
 
-def curve(row: Mapping[str, Any]) -> Curve:
-    points = (tuple(json.loads(str(row[name]))) for name in ("examples", "loss"))
-    return Curve(row["task"], "", MODEL, row["seed"], {}, *points)
+def loss_after(row: Mapping[str, Any], examples: int) -> float:
+    """Between scores linear in the logarithm of the examples."""
+    return float(np.interp(math.log1p(examples), np.log1p(row["examples"]), row["loss"]))
 
 
 def main() -> None:
@@ -101,8 +101,8 @@ def main() -> None:
             row |= run(verdict, steps, output)
             add(row, arguments.results, "task", "candidate", "seed")
         rows = kept(arguments.results)
-        curves = {
-            row["candidate"]: curve(row)
+        of_task = {
+            row["candidate"]: row
             for row in rows
             if (row["task"], row["seed"]) == (task, arguments.seed)
         }
@@ -112,9 +112,11 @@ def main() -> None:
             assert memory_bytes
             fitting = [v for v in verdicts(values, flops, memory_bytes) if v.fits]
             loss = {
-                v.candidate.name: curves[v.candidate.name].loss_after(v.steps * v.setting.examples)
+                v.candidate.name: loss_after(
+                    of_task[v.candidate.name], v.steps * v.setting.examples
+                )
                 for v in fitting
-                if v.candidate.name in curves
+                if v.candidate.name in of_task
             }
             if not fitting or fitting[0].candidate.name not in loss:
                 print(f"{task}, {memory}, {flops:g} FLOPs: nothing fits, or it was not run")

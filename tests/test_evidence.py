@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import mean
 
 import pytest
 
@@ -21,6 +22,17 @@ def test_a_curve_between_its_points():
     assert one.loss_after(n) == pytest.approx(0.75, abs=5e-3)
     falling = [one.loss_after(n) for n in range(0, 201, 10)]
     assert falling == sorted(falling, reverse=True)
+
+
+def test_ups_and_downs_are_levelled():
+    assert curve([2.0, 1.5, 1.5, 1.0]).expected == (2.0, 1.5, 1.5, 1.0)
+    assert curve([2.0, 1.0, 1.2, 0.8]).expected == pytest.approx((2.0, 1.1, 1.1, 0.8))
+    loss = [1.0, 0.7, 0.9, 0.95, 0.6, 0.65, 0.1, 0.3, 0.2]
+    best = [  # isotonic regression's min-max formula
+        min(max(mean(loss[a : b + 1]) for b in range(i, len(loss))) for a in range(i + 1))
+        for i in range(len(loss))
+    ]
+    assert curve(loss).expected == pytest.approx(best)
 
 
 def test_worth_is_a_share_of_the_way_over_tasks():
