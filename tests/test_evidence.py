@@ -48,6 +48,17 @@ def test_worth_is_a_share_of_the_way_over_tasks():
     assert worth({"method": "roste"}, 100, known) is None
 
 
+def test_a_damaged_base_does_not_begin_anew():
+    known = [
+        curve([2.0, 1.0], method="lora", base_bits=16),
+        curve([3.0, 1.5], method="lora", base_bits=4),
+        curve([2.4, 1.2], method="lora", base_bits=16, seed=1),
+    ]
+    assert worth({"method": "lora", "base_bits": 4}, 100, known) == pytest.approx(0.5)
+    both = (1.0 + (2.4 - 1.2) / (2.4 - 1.0)) / 2
+    assert worth({"method": "lora", "base_bits": 16}, 100, known) == pytest.approx(both)
+
+
 def test_what_is_most_alike_counts():
     known = [
         curve([2.0, 1.0], method="lora", base_bits=16, dtype="float32"),

@@ -106,7 +106,8 @@ def worth(
     for task in dict.fromkeys(curve.task for curve in alike):
         best = min(min(curve.expected) for curve in known if curve.task == task)
         for curve in _nearest(config, [curve for curve in alike if curve.task == task]):
-            start = curve.expected[0]
+            # Of the model as it came: a base in few bits begins behind it.
+            start = min(one.loss[0] for one in known if (one.task, one.seed) == (task, curve.seed))
             by_task.setdefault(task, []).append(
                 (start - curve.loss_after(examples)) / (start - best)
             )
