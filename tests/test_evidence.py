@@ -75,6 +75,12 @@ def test_what_is_most_alike_counts():
     assert after(base_bits=8, dtype="float16") == pytest.approx((1.0 + 0.8 + 0.4) / 3)
 
 
+def test_what_was_trained_elsewhere_is_no_evidence():
+    known = [curve([2.0, 1.0], method="roste", trainable="all")]
+    assert worth({"method": "roste", "trainable": "all"}, 100, known) == 1.0
+    assert worth({"method": "roste", "trainable": "lora"}, 100, known) is None
+
+
 def test_curves_of_the_same_kind_of_rows_come_first():
     known = [
         curve([2.0, 1.0], method="lora"),

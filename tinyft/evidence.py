@@ -86,9 +86,10 @@ def worth(
 ) -> float | None:
     """Mean over the tasks of what so many examples are worth to a method.
 
-    Of the method's runs those on rows of the same kind count, if there are any: what learns a text
-    best is not what learns to choose best. Of these those that have most in common with `config`,
-    in the order in which the fields stand in a curve: what is trained first, then the precision.
+    Of the runs in which the method trained the same (all, adapters) those on rows of the same kind
+    count, if there are any: what learns a text best is not what learns to choose best. Of these
+    those that have most in common with `config`, in the order in which the fields stand in a curve:
+    the base's bits first, then the precision.
 
     Args:
         config: flat; holds `method`.
@@ -97,10 +98,14 @@ def worth(
         kind: of the rows; None: any.
 
     Returns:
-        None if no run of the method was measured.
+        None if no such run was measured.
     """
     known = curves() if known is None else known
-    of_method = [curve for curve in known if curve.config["method"] == config["method"]]
+    of_method = [
+        curve
+        for curve in known
+        if all(curve.config.get(name) == config.get(name) for name in ("method", "trainable"))
+    ]
     alike = [curve for curve in of_method if curve.kind == kind] or of_method
     by_task: dict[str, list[float]] = {}
     for task in dict.fromkeys(curve.task for curve in alike):
