@@ -113,6 +113,6 @@ def _run(python: Path, work: Path) -> None:
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing said"]
         raise InputError(
-            f"--training-python {python} could not make the training artefacts: {said[-1]} It "
-            f"needs onnxruntime-training or onnxruntime-training-cpu 1.19.2, and onnx."
+            f"--training-python {python} could not make the training artefacts: {said[-1]}. It "
+            f"needs onnxruntime-training or onnxruntime-training-cpu 1.19.2, onnx and tokenizers."
         )
