@@ -273,8 +273,12 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
         optimizer = method.attach(model, config)
         optimizer.assume()
         model.train(method.uses_gradients)
-        optimizer.prepare(lambda part: loss(model, part), [batch])
+        # Apart: with few layers what attaching does to an embedding may be higher than all of
+        # what preparing does to layers, with all of them it is not.
         peaks, steps = run.peaks(), []
+        run.reset()
+        optimizer.prepare(lambda part: loss(model, part), [batch])
+        peaks += run.peaks()
         run.label([*model.parameters(), *model.buffers()], "weights")
 
         def arrived(parameter: Tensor) -> None:
