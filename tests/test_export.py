@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from tinyft.cli import main
+from tinyft.errors import InputError
 from tinyft.models import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
@@ -94,7 +95,6 @@ def test_export_train_resume_import(method, flags, tmp_path, tiny_tokenizer):
 def test_an_operator_that_is_not_known_is_named(tmp_path):
     import onnx
 
-    from tinyft.errors import InputError
     from tinyft.targets.gate import operators
 
     class Chunks(torch.nn.Module):
@@ -137,32 +137,45 @@ def test_a_wrong_gradient_is_named(tmp_path, tiny_tokenizer, monkeypatch, capsys
     assert not out.exists()
 
 
-@pytest.mark.parametrize("weight_decay, passes", [("0", True), ("3", False)])
-def test_losses_that_rounding_moves(
-    weight_decay, passes, tmp_path, tiny_tokenizer, monkeypatch, capsys
-):
-    """Steps so large that rounding alone takes two runs apart pass, held to float64's losses; an
-    update that is another does not (without the weight decay that was asked for)."""
+def test_losses_that_rounding_moves():
+    """What float32 takes apart in torch, too, is held to float64, at twice torch's own error."""
+    from tinyft.targets.gate import TOLERANCE, compare_losses
+
+    exact = [1.0, 0.5, 2.0]
+    single = [1.0, 0.5 * (1 + 3e-5), 2.0]  # an error that a run has made it keeps
+    engine = [1.0, 0.5, 2.0]
+
+    def found(error):
+        return [1.0, 0.5, 2.0 * (1 + error)]
+
+    def plain():
+        return single, exact
+
+    assert compare_losses(engine, found(0.9 * TOLERANCE))["loss_error"] < TOLERANCE
+    report = compare_losses(engine, found(6e-5), plain)
+    assert report["loss_error_in_float64"] == pytest.approx(6e-5)
+    assert report["loss_error_of_torch_in_float64"] == pytest.approx(3e-5)
+    for compared in ((found(8e-5), plain), (found(2 * TOLERANCE),)):
+        with pytest.raises(InputError, match="the loss of step 2 is"):
+            compare_losses(engine, *compared)
+    with pytest.raises(InputError, match="the loss of step 0 is"):  # before torch's own error
+        compare_losses(engine, [1 + 6e-5, 0.5, 2.0], plain)
+
+
+def test_an_update_that_is_another(tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    """Without the weight decay that was asked for, losses are neither torch's nor float64's."""
     from tinyft.targets import gate, graphs
 
     right = graphs.gradient_step
     monkeypatch.setattr(graphs, "gradient_step", lambda *a: right(*a[:3], 0.0))
     monkeypatch.setattr(gate, "_MOST_LR", 1e-2)
-    monkeypatch.setattr(gate, "TOLERANCE", 6e-8)  # half the distance of two float32
-    monkeypatch.setattr(gate, "check_gradients", lambda *a: {})
-    monkeypatch.setattr(gate, "compare_movement", lambda *a: 0.0)
     base = save_tiny_model(tmp_path / "base", "llama", tiny_tokenizer)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     words = ["export", "--model", str(base), "--data", str(data), "--method", "full"]
     words += ["--target", "raspberry-pi-5", "--output", str(out), "--lr", "1e-2"]
-    assert main([*words, "--weight-decay", weight_decay]) == (0 if passes else 2)
-    if passes:
-        parity = json.loads((out / "parity.json").read_text())
-        error, own = (parity[f"loss_error{of}_in_float64"] for of in ("", "_of_torch"))
-        assert parity["loss_error"] > 6e-8 and 0 < error <= 2 * own + 6e-8
-    else:
-        assert "the loss of step 1 is" in capsys.readouterr().err and not out.exists()
+    assert main([*words, "--weight-decay", "3"]) == 2
+    assert "the loss of step 1 is" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize("rows", [ROWS, [{"text": "It was a great film."}, {"text": "A bore."}]])
