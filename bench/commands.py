@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
 
 
@@ -35,6 +36,23 @@ def score(model: Path | str, path: Path, *flags: str) -> dict[str, Any]:
     if not path.exists():
         write_atomic(path, tinyft("eval", f"--model={model}", "--json", *flags, catch=True))
     return json.loads(path.read_text())
+
+
+def held_out(data: str, rows: slice, path: Path) -> Path:
+    """Some of the held-out rows of built-in data, in a file of their own."""
+    lines = (fetch(data) / "dev.jsonl").read_text().splitlines(keepends=True)
+    write_atomic(path, "".join(lines[rows]))
+    return path
+
+
+def scores(output: Path) -> dict[int, float]:
+    """Held-out losses of a finished run, by the steps before them: none, those of evaluations on
+    the way, all."""
+    report = json.loads((output / "report.json").read_text())
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    loss = {0: report["eval"]["before"]["loss"]}
+    loss |= {line["step"]: line["eval"]["loss"] for line in lines if "eval" in line}
+    return {**loss, report["measured"]["steps"]: report["eval"]["after"]["loss"]}
 
 
 def kept(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from commands import kept, train
+from commands import held_out, kept, scores, train
 
 from tinyft.assets import fetch
 from tinyft.checkpoint import write_atomic
@@ -62,28 +62,22 @@ DECODERS_ONLY = ("sparse_lora", "roste", "roste_mezo")
 def inputs_of(task: str, folder: Path) -> dict[str, str]:
     """The model, training rows, and the first held-out ones."""
     model, data, _ = TASKS[task]
-    held_out = folder / f"{data}-dev.jsonl"
-    lines = (fetch(data) / "dev.jsonl").read_text().splitlines(keepends=True)
-    write_atomic(held_out, "".join(lines[:HELD_OUT]))
-    return {"model": model, "data": f"{data}:train", "eval_data": str(held_out)}
+    rows = held_out(data, slice(HELD_OUT), folder / f"{data}-dev.jsonl")
+    return {"model": model, "data": f"{data}:train", "eval_data": str(rows)}
 
 
 def kind_of_rows(model: str, data: str) -> str:
     """As `tinyft.encoding` calls what it makes of a task's rows."""
     if kind_of(model) == "encoder":
         return "class"
-    first = (fetch(data) / "dev.jsonl").open().readline()
+    first = (fetch(data) / "dev.jsonl").read_text().partition("\n")[0]
     return "choice" if "choices" in json.loads(first) else "lm"
 
 
 def curve(task: str, seed: int, output: Path) -> dict[str, Any]:
     """Held-out loss by examples seen, from a finished run."""
-    report = json.loads((output / "report.json").read_text())
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    loss = {0: report["eval"]["before"]["loss"]}
-    loss |= {line["step"]: line["eval"]["loss"] for line in lines if "eval" in line}
-    loss[report["measured"]["steps"]] = report["eval"]["after"]["loss"]
-    config = report["config"]
+    loss = scores(output)
+    config = json.loads((output / "report.json").read_text())["config"]
     kept = ("method", "trainable", "base_bits", "dtype", "rho", "flops_share")
     return {
         "task": task,
@@ -107,8 +101,10 @@ def of_benchmark(folder: Path) -> list[dict[str, Any]]:
         config |= {"rho": float(options["rho"])} if "rho" in options else {}
         task = f"{row['task']}, {row['model']}, rates searched"
         kind = kind_of_rows(row["model"], row["task"])
-        one = {"task": task, "kind": kind, "model": row["model"], "seed": row["seed"]}
-        one |= {"config": config}
+        one = {
+            **{"task": task, "kind": kind, "model": row["model"], "seed": row["seed"]},
+            "config": config,
+        }
         points = runs.setdefault(json.dumps(one), one | {"points": {0: row["loss_before"]}})
         points["points"][row["examples"]] = round(row["loss_after"], 4)
     return [
@@ -148,7 +144,8 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.only:
             for task in arguments.tasks:
-                if task == "reviews-encoder" and RUNS[name]["method"] in DECODERS_ONLY:
+                is_encoder = kind_of(TASKS[task][0]) == "encoder"
+                if is_encoder and RUNS[name]["method"] in DECODERS_ONLY:
                     continue
                 config = common | inputs_of(task, arguments.runs) | RUNS[name] | {"seed": seed}
                 for field in ("steps", "eval_every"):

@@ -25,10 +25,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from commands import keep, kept, score, train
+from commands import held_out, keep, kept, score, train
 
-from tinyft.assets import fetch
-from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,9 +116,8 @@ class Bench:
         return (times["rho 0.5"] + evaluations) / times["lora"]
 
     def score(self, model: Path, path: Path) -> None:
-        dev = self.folder.parent / "dev.jsonl"
-        rows = (fetch(self.plan["data"]) / "dev.jsonl").read_text().splitlines(keepends=True)
-        write_atomic(dev, "".join(rows[: self.plan["held_out"]]))
+        rows = slice(self.plan["held_out"])
+        dev = held_out(self.plan["data"], rows, self.folder.parent / "dev.jsonl")
         flags = [f"--data={dev}", "--batch-size=16", "--max-length=128"]
         flags += [f"--dtype={self.plan['dtype']}"]
         flags += ["--generate", "--max-new-tokens=64"] if self.plan["data"] == "e2e" else []

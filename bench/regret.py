@@ -15,16 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from commands import add, kept, train
+from commands import add, held_out, kept, scores, train
 
-from tinyft.assets import fetch
 from tinyft.budget import Budget
-from tinyft.checkpoint import write_atomic
 from tinyft.config import as_flags
 from tinyft.planner import Verdict
 from tinyft.planning import make_plan
@@ -37,34 +36,26 @@ ANY_BYTES = 1 << 50
 
 def job(task: str, folder: Path, seed: int) -> dict[str, Any]:
     """What is to be learned, on rows that the evidence does not know."""
-    held_out = folder / f"{task}-dev.jsonl"
-    lines = (fetch(task) / "dev.jsonl").read_text().splitlines(keepends=True)
-    write_atomic(held_out, "".join(lines[-HELD_OUT:]))
-    data = {"model": MODEL, "data": f"{task}:train", "eval_data": str(held_out)}
+    rows = held_out(task, slice(-HELD_OUT, None), folder / f"{task}-dev.jsonl")
+    data = {"model": MODEL, "data": f"{task}:train", "eval_data": str(rows)}
     return {**data, "batch_size": 8, "max_length": 128, "schedule": "constant", "seed": seed}
 
 
-def verdicts(values: Mapping[str, Any], flops: float, memory_bytes: int) -> list[Verdict]:
+def verdicts(values: Mapping[str, Any], budget: Budget) -> Sequence[Verdict]:
     """Of all candidates, the chosen first."""
-    found = make_plan(values, Budget(flops=flops, memory_bytes=memory_bytes))
-    return list(found.plan.verdicts)
+    return make_plan(values, budget).plan.verdicts
 
 
-def run(verdict: Verdict, steps: int, output: Path) -> dict[str, Any]:
+def run(verdict: Verdict, flops: float, output: Path) -> dict[str, Any]:
     """One candidate, scored on the way."""
-    every = steps // PARTS
+    steps = PARTS * round(flops / verdict.cost.flops_per_step / PARTS)
     config = {k: v for k, v in verdict.setting.config.items() if k not in ("epochs", "output")}
-    train(as_flags({**config, "steps": steps, "eval_every": every}), output)
-    report = json.loads((output / "report.json").read_text())
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    loss = {0: report["eval"]["before"]["loss"]}
-    loss |= {line["step"]: line["eval"]["loss"] for line in lines if "eval" in line}
-    loss[steps] = report["eval"]["after"]["loss"]
-    examples = [step * verdict.setting.examples for step in sorted(loss)]
-    measured = report["measured"]
+    train(as_flags({**config, "steps": steps, "eval_every": steps // PARTS}), output)
+    loss = scores(output)
+    measured = json.loads((output / "report.json").read_text())["measured"]
     return {
-        "examples": json.dumps(examples),
-        "loss": json.dumps([round(loss[step], 4) for step in sorted(loss)]),
+        "examples": json.dumps([step * verdict.setting.examples for step in loss]),
+        "loss": json.dumps([round(value, 4) for value in loss.values()]),
         "flops_per_step": measured["flops"] / measured["steps"],
         "peak_bytes": measured["peak_memory_bytes"],
         "wall_s": round(measured["wall_s"], 1),
@@ -74,6 +65,29 @@ def run(verdict: Verdict, steps: int, output: Path) -> dict[str, Any]:
 def loss_after(row: Mapping[str, Any], examples: int) -> float:
     """Between scores linear in the logarithm of the examples."""
     return float(np.interp(math.log1p(examples), np.log1p(row["examples"]), row["loss"]))
+
+
+def regret(
+    values: Mapping[str, Any], budget: Budget, known: Mapping[str, Mapping[str, Any]]
+) -> tuple[float | None, str]:
+    """How much higher the choice's loss is than the best's, and that in words; None: unknown."""
+    fitting = [verdict for verdict in verdicts(values, budget) if verdict.fits]
+    loss = {
+        v.candidate.name: loss_after(known[v.candidate.name], v.steps * v.setting.examples)
+        for v in fitting
+        if v.candidate.name in known
+    }
+    if not fitting:
+        return None, "nothing fits"
+    chosen = fitting[0].candidate.name
+    if chosen not in loss:
+        return None, f"{chosen}, which was not run"
+    best = min(loss, key=loss.__getitem__)
+    found = loss[chosen] / loss[best] - 1
+    return found, (
+        f"{chosen} ({loss[chosen]:.3f}), best of {len(loss)} run of {len(fitting)} that fit "
+        f"{best} ({loss[best]:.3f}), regret {found:.1%}"
+    )
 
 
 def main() -> None:
@@ -89,47 +103,33 @@ def main() -> None:
     arguments.runs.mkdir(parents=True, exist_ok=True)
     regrets = []
     for task in arguments.tasks:
+
+        def known(task: str = task) -> dict[str, dict[str, Any]]:
+            """By candidate: other processes may run some, too."""
+            rows = kept(arguments.results)
+            return {
+                row["candidate"]: row
+                for row in rows
+                if (row["task"], row["seed"]) == (task, arguments.seed)
+            }
+
         values = job(task, arguments.runs, arguments.seed)
-        for verdict in verdicts(values, arguments.flops, ANY_BYTES):
-            name, own = verdict.candidate.name, (task, verdict.candidate.name, arguments.seed)
-            known = {(r["task"], r["candidate"], r["seed"]) for r in kept(arguments.results)}
-            if own in known or (arguments.only and name not in arguments.only):
+        roomy = Budget(flops=arguments.flops, memory_bytes=ANY_BYTES)
+        for verdict in verdicts(values, roomy):
+            name = verdict.candidate.name
+            if name in known() or (arguments.only and name not in arguments.only):
                 continue
-            steps = PARTS * round(arguments.flops / verdict.cost.flops_per_step / PARTS)
             output = arguments.runs / f"{task} {name} {arguments.seed}".replace(" ", "-")
             row = {"task": task, "candidate": name, "seed": arguments.seed}
-            row |= run(verdict, steps, output)
+            row |= run(verdict, arguments.flops, output)
             add(row, arguments.results, "task", "candidate", "seed")
-        rows = kept(arguments.results)
-        of_task = {
-            row["candidate"]: row
-            for row in rows
-            if (row["task"], row["seed"]) == (task, arguments.seed)
-        }
-        for part, memory in ((p, m) for m in arguments.memory for p in range(1, PARTS + 1)):
-            flops = arguments.flops * part / PARTS
-            memory_bytes = Budget.parse(memory=memory).memory_bytes
-            assert memory_bytes
-            fitting = [v for v in verdicts(values, flops, memory_bytes) if v.fits]
-            loss = {
-                v.candidate.name: loss_after(
-                    of_task[v.candidate.name], v.steps * v.setting.examples
-                )
-                for v in fitting
-                if v.candidate.name in of_task
-            }
-            if not fitting or fitting[0].candidate.name not in loss:
-                print(f"{task}, {memory}, {flops:g} FLOPs: nothing fits, or it was not run")
-                continue
-            chosen, best = fitting[0].candidate.name, min(loss, key=loss.__getitem__)
-            regrets.append(loss[chosen] / loss[best] - 1)
-            print(
-                f"{task}, {memory}, {flops:g} FLOPs: {chosen} ({loss[chosen]:.3f}), best of "
-                f"{len(loss)} {best} ({loss[best]:.3f}), regret {regrets[-1]:.1%}",
-                flush=True,
-            )
+        for memory, part in product(arguments.memory, range(1, PARTS + 1)):
+            budget = Budget.parse(memory=memory, flops=str(arguments.flops * part / PARTS))
+            found, words = regret(values, budget, known())
+            print(f"{task}, {memory}, {budget.flops:g} FLOPs: {words}", flush=True)
+            regrets += [] if found is None else [found]
     if regrets:
-        within = sum(regret <= 0.02 for regret in regrets)
+        within = sum(found <= 0.02 for found in regrets)
         print(
             f"{within} of {len(regrets)} choices within 2% of the best; mean regret "
             f"{math.fsum(regrets) / len(regrets):.1%}, largest {max(regrets):.1%}"

@@ -23,10 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from commands import add, kept, score, tinyft, train
+from commands import add, held_out, kept, score, tinyft, train
 
 from tinyft.assets import fetch
-from tinyft.checkpoint import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "roste.csv"
 MODEL = "smollm2-135m"
@@ -60,10 +59,8 @@ class Bench:
         self.share, self.plan = arguments.share, TASKS[task]
         self.folder = arguments.runs / task / str(seed)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.dev = self.folder / "dev.jsonl"
-        held_out = max(8, round(self.plan["held_out"] * min(1, 10 * self.share)))
-        lines = (fetch(task) / "dev.jsonl").read_text().splitlines(keepends=True)
-        write_atomic(self.dev, "".join(lines[:held_out]))
+        rows = max(8, round(self.plan["held_out"] * min(1, 10 * self.share)))
+        self.dev = held_out(task, slice(rows), self.folder / "dev.jsonl")
         self.shape = [
             f"--data={task}:train",
             f"--max-length={self.plan['max_length']}",

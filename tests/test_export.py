@@ -162,6 +162,29 @@ def test_losses_that_rounding_moves():
         compare_losses(engine, [1 + 6e-5, 0.5, 2.0], plain)
 
 
+def test_the_gate_trains_in_torch_alone(tmp_path, tiny_tokenizer, monkeypatch):
+    """What it holds losses to: the engine's, in float32 and nearer still in float64."""
+    from tinyft.targets import gate
+
+    right, taken = gate.compare_losses, []
+
+    def compare(wanted, found, plain):
+        taken.append((wanted, found, *plain()))
+        return right(wanted, found, plain)
+
+    monkeypatch.setattr(gate, "compare_losses", compare)
+    base = save_tiny_model(tmp_path / "base", "llama", tiny_tokenizer)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["export", "--model", str(base), "--data", str(data), "--method", "full"]
+    words += ["--target", "raspberry-pi-5", "--output", str(out), "--lr", "1e-3"]
+    assert main([*words, "--weight-decay", "3"]) == 0
+    ((wanted, found, single, exact),) = taken
+    assert single != exact and len(exact) == gate.STEPS
+    for losses in (found, single, exact):
+        np.testing.assert_allclose(losses, wanted, rtol=gate.TOLERANCE)
+
+
 def test_an_update_that_is_another(tmp_path, tiny_tokenizer, monkeypatch, capsys):
     """Without the weight decay that was asked for, losses are neither torch's nor float64's."""
     from tinyft.targets import gate, graphs

@@ -278,7 +278,8 @@ class DryRun(TorchDispatchMode):
 @cache
 def _likely(n: int) -> Tensor:
     """So many values, distinct, finite, positive."""
-    return torch.linspace(1, 2, n)
+    # In the dtype that is the default now they might not be distinct in another.
+    return torch.linspace(1, 2, n, dtype=torch.float32)
 
 
 def _is_meta(read: list[Tensor], kwargs: dict[str, Any]) -> bool:

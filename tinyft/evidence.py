@@ -119,10 +119,9 @@ def worth(
     return mean(map(mean, by_task.values())) if by_task else None
 
 
-def _nearest(config: Mapping[str, Any], known: Sequence[Curve]) -> list[Curve]:
+def _nearest(config: Mapping[str, Any], known: Sequence[Curve]) -> Sequence[Curve]:
     """Those that agree with `config` in most fields, early fields first."""
-    left = list(known)
-    for name in dict.fromkeys(name for curve in left for name in curve.config):
-        same = [c for c in left if name in c.config and c.config[name] == config.get(name)]
-        left = same or left
-    return left
+    for name in dict.fromkeys(name for curve in known for name in curve.config):
+        same = [c for c in known if name in c.config and c.config[name] == config.get(name)]
+        known = same or known
+    return known
