@@ -198,6 +198,22 @@ def test_winogrande_keeps_twins_together(tmp_path):
         assert row["completion"] == (" cup" if "was small." in row["prompt"] else " jug")
 
 
+def test_questions_are_those_whose_annotators_agreed(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "DEV_ROWS", 2)
+    kinds = ["Date.", "Location.", "Humans.", "Abbreviation."]
+    examples = [{"input": f"Question {i}", "target": [kind]} for i, kind in enumerate(kinds)]
+    examples += [{"input": "Both", "target": ["Date.", "Event."]}, examples[0]]
+    task = "natural_instructions/subtask046_miscellaenous_question_typing"
+    assets._build_questions(archive_of(tmp_path, task, examples), tmp_path)
+    rows = rows_of(tmp_path, "dev") + rows_of(tmp_path, "train")
+    assert sorted((row["prompt"], row["choices"][row["answer"]]) for row in rows) == [
+        ("Question 0\nType:", " date"),
+        ("Question 1\nType:", " location"),
+        ("Question 2\nType:", " humans"),
+    ]
+    assert len({tuple(row["choices"]) for row in rows}) == 1
+
+
 def test_prose_is_split_by_article(tmp_path):
     examples = [{"input": f"Article {i // 2}.", "target": "A."} for i in range(400)]
     assets._build_prose(archive_of(tmp_path, "gem/xsum", examples), tmp_path)

