@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -157,6 +158,41 @@ def test_what_is_not_run_has_a_reason(job, tmp_path, in_process):
     assert [row["method"] for row in runs(out, status="done")] == ["mezo-exact"]
     page = (out / "report.html").read_text()
     assert "BertForSequenceClassification" in page
+
+
+def test_a_limit_that_changes_nothing_repeats_nothing(job, tmp_path, in_process):
+    """One run stands in both budgets, the peer's too, and says so; commands do it again."""
+    out = tmp_path / "out"
+    more = ["--flops", "4e7", "--lr-search", "1", "10", "--methods", "full", "torch-full"]
+    assert main(flags(job, out, *more, "--memory", "6GiB", "8GiB")) == 0
+    assert len(in_process) == 4  # two rates, the run and the peer's
+    for method in ("full", "torch-full"):
+        tight, roomy = runs(out, method=method)
+        assert [row["memory_limit_bytes"] for row in (tight, roomy)] == [
+            str(n * 2**30) for n in (6, 8)
+        ]
+        assert (tight["same_run_as"], roomy["same_run_as"]) == ("", tight["budget"])
+        assert tight["loss_after"] == roomy["loss_after"]
+    (command,) = {row["command"] for row in runs(out, method="torch-full")}
+    again = shlex.split(command)
+    assert again[:4] == ["python", "-m", "tinyft.benchmark.peers", "torch-full"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        assert peers.main(again[3:]) == 0
+    report = json.loads((out / "OUTPUT/report.json").read_text())
+    assert report["eval"]["after"]["loss"] == float(tight["loss_after"])
+    assert main(flags(job, out, *more, "--memory", "16MiB", "6GiB")) == 0
+    assert {row["status"] for row in runs(out, memory_limit_bytes=str(2**24))} == {"left out"}
+
+
+def test_a_peer_says_what_is_wrong(capsys):
+    for words, said in (
+        ([], "'' is no peer; there are peft, torch-full"),
+        (["torch-full", "model"], "'model' is no flag; write --NAME=VALUE"),
+        (["torch-full", "--model=m", "--lrr=1"], "lrr"),
+    ):
+        assert peers.main(words) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_a_row(job, tmp_path, in_process, monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -325,6 +325,25 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
             text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             words.append(f"{as_flag(name)}={text}")
     return words
+
+
+def from_flags(words: Sequence[str]) -> dict[str, Any]:
+    """Fields of words as `as_flags` writes them, for `TrainConfig.build`.
+
+    Raises:
+        InputError: a word that is none.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--"):
+            raise InputError(f"{word!r} is no flag; write --NAME=VALUE.")
+        if equals:
+            values[name] = text
+        else:
+            values[name.removeprefix("no_")] = not name.startswith("no_")
+    return values
 
 
 def flags() -> list[Flag]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyft.budget import Budget
@@ -83,6 +83,10 @@ class Search:
         """Itself, as every unit of work has one."""
         return self
 
+    def inside(self, limits: Limits) -> Search:
+        """The same inside other limits."""
+        return replace(self, limits=limits)
+
     def __str__(self) -> str:
         return f"{self.task}, {self.limits}, {self.method.label}"
 
@@ -93,6 +97,10 @@ class Run:
 
     search: Search
     seed: int
+
+    def inside(self, limits: Limits) -> Run:
+        """The same inside other limits."""
+        return replace(self, search=self.search.inside(limits))
 
     def __str__(self) -> str:
         return f"{self.search}, seed {self.seed}"

@@ -1,11 +1,11 @@
-"""The same job with other people's tools: `python -m tinyft.benchmark.peers LABEL FOLDER`.
+"""The same job with other people's tools: `python -m tinyft.benchmark.peers LABEL FLAGS`.
 
 `peft` is PEFT's LoRA in the stock Hugging Face Trainer, `torch-full` a plain torch loop over AdamW.
-FOLDER holds config.yaml, the configuration of our run that is repeated: the model and its seed, the
+FLAGS are those of our run that is repeated, each as `--NAME=VALUE`: the model and its seed, the
 batches and their order, steps, learning rate and schedule are the same (adapters begin from PEFT's
 own random numbers); losses are written as one writes them without us, from whole logits.
-report.json is left there, of our shape. Held-out rows are scored by our code, and FLOPs are counted
-after the run, so that neither its time nor its peak has a part of that.
+In `--output` report.json is left, of our shape. Held-out rows are scored by our code, and FLOPs are
+counted after the run, so that neither its time nor its peak has a part of that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from tinyft.checkpoint import write_atomic
+from tinyft.config import TrainConfig, as_flag, from_flags
 from tinyft.errors import InputError, TinyFTError
 
 _NEEDS = {"peft": ("peft", "transformers", "accelerate"), "torch-full": ()}
@@ -32,9 +34,8 @@ def missing(label: str) -> str | None:
     return f"not installed: pip install {' '.join(absent)}" if absent else None
 
 
-def repeat(label: str, folder: Path) -> dict[str, Any]:
+def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
     """Train and score; returns the report."""
-    from tinyft.config import TrainConfig, read_yaml
     from tinyft.cost import FlopCounter
     from tinyft.data import Batches, encode, pad_id
     from tinyft.evaluate import evaluate
@@ -46,7 +47,6 @@ def repeat(label: str, folder: Path) -> dict[str, Any]:
     from tinyft.report import hardware, versions
 
     began, energy = perf_counter(), EnergyMeter.where_readable()
-    config = TrainConfig.build(read_yaml(folder / "config.yaml"))
     if config.threads:
         import torch
 
@@ -255,13 +255,16 @@ _TRAIN = {"peft": train_peft, "torch-full": train_torch}
 
 
 def main(words: list[str]) -> int:
-    from tinyft.checkpoint import write_atomic
-
-    label, folder = words[0], Path(words[1])
     try:
+        label, *flags = words or [""]
+        if label not in _TRAIN:
+            raise InputError(f"{label!r} is no peer; there are {', '.join(_TRAIN)}.")
         if reason := missing(label):
             raise InputError(f"{label} is {reason}.")
-        report = repeat(label, folder)
+        config = TrainConfig.build(from_flags(flags), require=("output",), spell=as_flag)
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = repeat(label, config)
     except TinyFTError as error:
         print(f"tinyft: {error}", file=sys.stderr)
         return error.exit_code

@@ -27,7 +27,15 @@ COLUMNS = (
     *("method", "seed", "lr", "lr_at_edge", "metric", "before", "after", "loss_before"),
     *("loss_after", "steps", "examples", "flops", "train_s", "elapsed_s", "peak_memory_bytes"),
     *("loaded_memory_bytes", "energy_j", "energy_source", "co2_g", "search_flops", "search_s"),
-    *("stopped_by", "trainable", "dtype", "base_bits", "batch_size", "grad_accumulation"),
+    *(
+        "stopped_by",
+        "same_run_as",
+        "trainable",
+        "dtype",
+        "base_bits",
+        "batch_size",
+        "grad_accumulation",
+    ),
     *("train_rows", "scored_rows", "data_sha256", "commit", "versions", "cpu", "cores", "threads"),
     *("machine_memory_bytes", "command"),
 )
@@ -92,18 +100,26 @@ def left(
 ) -> dict[str, Any]:
     """The row of a run that did not end well: `status` is "left out" (it does not fit the budget
     or the model) or "failed" (it began, and broke off)."""
-    search, budget = unit.search, unit.search.limits.budget
+    search = unit.search
     return {
         "stage": "run" if isinstance(unit, Run) else "search",
         "status": status,
         "reason": reason,
         "task": search.task,
-        "budget": str(search.limits),
-        "flops_limit": budget.flops,
-        "memory_limit_bytes": budget.memory_bytes,
+        **budget_of(unit),
         "method": search.method.label,
         "seed": unit.seed if isinstance(unit, Run) else 0,
         "lr": lr,
+    }
+
+
+def budget_of(unit: Run | Search) -> dict[str, Any]:
+    """The columns that say what a run was held to."""
+    limits = unit.search.limits
+    return {
+        "budget": str(limits),
+        "flops_limit": limits.budget.flops,
+        "memory_limit_bytes": limits.budget.memory_bytes,
     }
 
 
@@ -112,8 +128,19 @@ def command(unit: Run | Search, config: Mapping[str, Any]) -> str:
     values = {k: v for k, v in config.items() if k != "output"}
     method = unit.search.method
     if method.counterpart:
-        return f"python -m tinyft.benchmark.peers {method.label} FOLDER (with config.yaml)"
-    return shlex.join(["tinyft", "train", *as_flags(values), "--output=OUTPUT"])
+        begin = ["python", "-m", "tinyft.benchmark.peers", method.label]
+    else:
+        begin = ["tinyft", "train"]
+    return shlex.join([*begin, *as_flags(values), "--output=OUTPUT"])
+
+
+def same_job(row: Mapping[str, Any], unit: Run | Search, config: Mapping[str, Any]) -> bool:
+    """Whether a row's run was the same but for its limit on memory."""
+
+    def words(line: str) -> list[str]:
+        return sorted(word for word in shlex.split(line) if not word.startswith("--memory="))
+
+    return words(row.get("command", "")) == words(command(unit, config))
 
 
 def _energy(got: Mapping[str, Any], threads: int, watts_per_core: float) -> tuple[float, str]:

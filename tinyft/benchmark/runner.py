@@ -7,6 +7,7 @@ nobody else has. What a signal ended goes on where it was the next time.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from tinyft.benchmark import peers, rows, tasks
 from tinyft.benchmark.grid import Limits, Method, Run, Search, rates, units
 from tinyft.benchmark.store import Store, read, write
 from tinyft.checkpoint import write_atomic
-from tinyft.config import TrainConfig, as_flag
+from tinyft.config import TrainConfig, as_flag, as_flags
 from tinyft.errors import BudgetError, InputError, TinyFTError
 from tinyft.planning import Planned, make_plan
 
@@ -290,6 +291,9 @@ class Bench:
         path = self.store.result(unit, trial)
         if path.is_file():
             return read(path)
+        if twin := self.twin(unit, config, trial):
+            write(path, twin)
+            return twin
         method = unit.search.method
         folder = path.parent / "run"
         code = self.child(config, folder, method.label if method.counterpart else None, lock)
@@ -311,6 +315,28 @@ class Bench:
         _sweep(folder)
         return row
 
+    def twin(
+        self, unit: Search | Run, config: Mapping[str, Any], trial: float | None
+    ) -> dict[str, Any] | None:
+        """The row of the same run inside another limit on memory, if its peak keeps to both: a
+        limit that a run stays below changes nothing of it."""
+        limits = unit.search.limits
+        mine = limits.budget.memory_bytes or math.inf
+        for other in self.settings.limits:
+            path = self.store.result(unit.inside(other), trial)
+            if other == limits or other.flops != limits.flops or not path.is_file():
+                continue
+            row = read(path)
+            allowed = min(mine, other.budget.memory_bytes or math.inf)
+            if (
+                row["status"] == "done"
+                and row["peak_memory_bytes"] <= allowed
+                and rows.same_job(row, unit, config)
+            ):
+                same = row.get("same_run_as") or row["budget"]
+                return {**row, **rows.budget_of(unit), "same_run_as": same}
+        return None
+
     def child(self, config: Mapping[str, Any], folder: Path, peer: str | None, lock: int) -> int:
         """Train in a process of its own; returns its exit code.
 
@@ -319,13 +345,15 @@ class Bench:
         """
         import yaml
 
+        here = self.inside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").is_file():
             write_atomic(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        words = ["tinyft.cli", "train", "--resume", "--output"]
         if peer:
-            words = ["tinyft.benchmark.peers", peer]
-        return self.process([*words, self.inside(folder)], folder.parent / "log.txt", lock)
+            words = ["tinyft.benchmark.peers", peer, *as_flags({**config, "output": here})]
+        else:
+            words = ["tinyft.cli", "train", "--resume", "--output", here]
+        return self.process(words, folder.parent / "log.txt", lock)
 
     def process(self, words: Sequence[str], log: Path, lock: int) -> int:
         """`python -m WORDS` in the folder, its output in a log; returns its exit code."""
