@@ -9,7 +9,8 @@ rows, which a CPU needs (blocks of 128 rows took 1.45x the time of one product o
 The gradient to h is finished in the forward pass; backward only scales it. The head's own gradient
 takes a second pass in the backward pass, which writes each block in place, so it is never
 accumulated in low precision. `postpone` moves that pass behind everything else of the backward
-pass: a (V, D) gradient is then never alive beside the activations.
+pass: a (V, D) gradient is then never alive beside the activations. Inside `using_rows` it is never
+alive at all: its rows are used a block at a time, those of a tied embedding's lookups included.
 
 On a GPU the products stay with torch and what lies between them, a dozen passes over a block of
 logits, is one Triton kernel in each direction.
@@ -20,7 +21,8 @@ where the model is sure (p_y -> 1), in half precision too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,7 +33,10 @@ from torch.autograd.function import once_differentiable
 from tinyft.kernels.dispatch import choose
 
 BLOCK_BYTES = 16 << 20  # one (N, block) buffer of logits; fits the shared cache of small machines
+_LOOKUP_ROWS = 1 << 12  # of a gradient in 16 bits that are summed up at a time
 IGNORE = -100
+# Of a gradient by blocks: the first row, the weight's rows, the bias's.
+_Block = tuple[int, Tensor | None, Tensor | None]
 
 
 def chunked_cross_entropy_ref(
@@ -50,11 +55,38 @@ def chunked_cross_entropy_ref(
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-class Postponed:
-    """Where a head's gradient waits for its turn; made by `postpone`."""
+# Uses the gradient of a weight's rows from the first number on.
+UseRows = Callable[[int, Tensor], None]
+_USERS: dict[int, UseRows] = {}
 
-    def __init__(self) -> None:
-        self.passes: list[Callable[[], tuple[Tensor | None, Tensor | None]]] = []
+
+@contextmanager
+def using_rows(users: Mapping[Tensor, UseRows]) -> Iterator[None]:
+    """For backward passes inside: the gradient of a head's weight that is named here goes to its
+    user in blocks of rows, each of them once and in order, and the weight gets none."""
+    _USERS.update({id(weight): use for weight, use in users.items()})
+    try:
+        yield
+    finally:
+        for weight in users:
+            del _USERS[id(weight)]
+
+
+class Postponed:
+    """Where a head's gradient waits for its turn; made by `postpone`.
+
+    Attributes:
+        weight: the head's.
+        alone: no other gradient of the weight is to come but those of `lookups`.
+        passes: `make(grad_weight)` writes the gradients, the weight's into a tensor if there is
+            one, and yields its blocks `(start, rows, of the bias)`.
+        lookups: of a tied embedding: tokens (N,), and the gradients (N, D) of their rows.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.alone = weight, True
+        self.passes: list[Callable[[Tensor | None], Iterator[_Block]]] = []
+        self.lookups: list[tuple[Tensor, Tensor]] = []
 
 
 def postpone(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None, Postponed]:
@@ -63,7 +95,7 @@ def postpone(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor
     Call it before the forward pass of what makes the hidden states, and give the results to
     `chunked_cross_entropy` alone: autograd goes backward in the reverse order of making.
     """
-    later = Postponed()
+    later = Postponed(weight)
     weight, bias = _Postpone.apply(weight, bias, later)
     return weight, bias, later
 
@@ -79,13 +111,86 @@ class _Postpone(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_weight, grad_bias = ctx.later.passes.pop(0)()
-        for one in ctx.later.passes:
-            for total, grad in zip((grad_weight, grad_bias), one(), strict=True):
+        later, (need_weight, need_bias, _) = ctx.later, ctx.needs_input_grad
+        passes, lookups = later.passes, later.lookups
+        later.passes, later.lookups = [], []
+        at_once = need_weight and later.alone and len(passes) == 1
+        use = _USERS.get(id(later.weight)) if at_once else None
+        if use is not None:
+            of_bias = []
+            for start, rows, bias in passes[0](None):
+                _add_lookups(rows, start, lookups)
+                use(start, rows)
+                of_bias.append(bias)
+            return None, torch.cat(of_bias) if need_bias else None, None
+        grad_weight, grad_bias = _whole(passes[0], later.weight, need_weight, need_bias)
+        for make in passes[1:]:
+            more = _whole(make, later.weight, need_weight, need_bias)
+            for total, grad in zip((grad_weight, grad_bias), more, strict=True):
                 if total is not None:
                     total += grad
-        ctx.later.passes.clear()
+        if need_weight:
+            _add_lookups(grad_weight, 0, lookups)
         return grad_weight, grad_bias, None
+
+
+def _whole(
+    make: Callable[[Tensor | None], Iterator[_Block]],
+    weight: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias that `make` makes in blocks."""
+    total = torch.empty_like(weight) if need_weight else None
+    of_bias = [bias for *_, bias in make(total)]
+    return total, torch.cat(of_bias) if need_bias else None
+
+
+def _add_lookups(rows: Tensor, start: int, lookups: list[tuple[Tensor, Tensor]]) -> None:
+    """Add to rows of a gradient, from row `start` of it on, those of the tokens that stand there,
+    in place; sums of what a token has several times are rounded once."""
+    if not lookups:
+        return
+    tokens, grads = (torch.cat(parts) for parts in zip(*lookups, strict=True))
+    for first in range(0, len(rows), _LOOKUP_ROWS):
+        part = rows[first : first + _LOOKUP_ROWS]
+        place = tokens - (start + first)
+        elsewhere = ((place < 0) | (place >= len(part))).unsqueeze(1)
+        sums = part.to(_accumulator(part))
+        sums.index_add_(
+            0, place.clamp(0, len(part) - 1), grads.masked_fill(elsewhere, 0).to(sums.dtype)
+        )
+        if sums is not part:
+            part.copy_(sums)
+
+
+class TiedLookup(torch.autograd.Function):
+    """`weight[tokens]`, for an embedding whose weight is a head's, too, whose gradient waits.
+
+    `TiedLookup.apply(tokens, weight, padding_idx, later)`: the gradients of the rows are added to
+    the head's in place, instead of in a second (V, D) tensor of zeros.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, padding_idx: int | None, later: Postponed
+    ) -> Tensor:
+        ctx.shape, ctx.padding_idx, ctx.later = weight.shape, padding_idx, later
+        ctx.save_for_backward(tokens)
+        return torch.nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, rows = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
+        if ctx.padding_idx is not None:  # as in torch: it keeps its row
+            rows = rows.masked_fill((tokens == ctx.padding_idx).unsqueeze(1), 0)
+        if ctx.later.passes:
+            ctx.later.lookups.append((tokens, rows))
+            return None, None, None, None
+        total = rows.new_zeros(ctx.shape)  # the head's is made already, or never
+        _add_lookups(total, 0, [(tokens, rows)])
+        return None, total, None, None
 
 
 def chunked_cross_entropy(
@@ -275,7 +380,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             options = ctx.softcap, ctx.block_bytes, ctx.in_triton
             make = partial(_head_gradients, *of_head, grad_losses, *options, *needs)
             if ctx.later is None:
-                grad_weight, grad_bias = make()
+                grad_weight, grad_bias = _whole(make, of_head[1], *needs)
             else:
                 ctx.later.passes.append(make)
                 _, weight, _, bias, *_ = of_head
@@ -299,10 +404,11 @@ def _head_gradients(
     in_triton: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias, by a second pass over the logits."""
-    grad_weight = torch.empty_like(weight) if need_weight else None
-    grad_bias = torch.empty_like(bias) if need_bias else None
+    grad_weight: Tensor | None,
+) -> Iterator[_Block]:
+    """Gradients of weight and bias by a second pass over the logits: blocks of rows, those of the
+    weight in `grad_weight`, or without that in a buffer that is overwritten by the next."""
+    buffer = None
     scale = (grad_losses * (labels != IGNORE)).unsqueeze(1)
     logit_gradients = _logit_gradients
     if in_triton:
@@ -312,11 +418,15 @@ def _head_gradients(
         grad_logits, sums = logit_gradients(
             logits, block_bias, labels - start, softcap, lse, missing, scale, need_bias
         )
-        if grad_bias is not None:
-            grad_bias[start:stop] = sums
-        if grad_weight is not None:
-            torch.mm(grad_logits.to(weight.dtype).t(), hidden, out=grad_weight[start:stop])
-    return grad_weight, grad_bias
+        rows = None
+        if need_weight:
+            if grad_weight is not None:
+                rows = grad_weight[start:stop]
+            else:
+                buffer = torch.empty_like(weight[start:stop]) if buffer is None else buffer
+                rows = buffer[: stop - start]
+            torch.mm(grad_logits.to(weight.dtype).t(), hidden, out=rows)
+        yield start, rows, None if sums is None else sums.to(weight.dtype)
 
 
 def _labelled(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from tinyft.kernels.chunked_cross_entropy import (
+    TiedLookup,
     chunked_cross_entropy,
     chunked_cross_entropy_ref,
     postpone,
+    using_rows,
 )
 
 SHAPES = [(1, 1, 2), (7, 5, 11), (13, 8, 193), (64, 24, 257), (3, 16, 1000)]  # (N, D, V)
@@ -136,6 +138,46 @@ def test_postponed_gradients_are_the_same_and_come_last(bias):
     for ours, theirs in zip(run(True), want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     assert order == ["body", "head"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_lookups_of_a_tied_embedding(bias, padding_idx, by_rows):
+    """Against torch's embedding and whole logits; used a block of rows at a time, or whole."""
+    _, weight, labels, offset = make(9, 5, 193, bias=bias)
+    tokens = torch.tensor([[3, 0, 192], [64, 63, 3], [64, 64, 128]])  # at the ends of blocks
+
+    def leaves():
+        return [t.clone().requires_grad_() for t in (weight, *([offset] if bias else []))]
+
+    want, ours = leaves(), leaves()
+    hidden = torch.nn.functional.embedding(tokens, want[0], padding_idx).flatten(0, 1).sin()
+    losses = chunked_cross_entropy_ref(hidden, want[0], labels, bias=want[1] if bias else None)
+    losses.sum().backward()
+
+    head, head_bias, later = postpone(ours[0], ours[1] if bias else None)
+    hidden = TiedLookup.apply(tokens, ours[0], padding_idx, later).flatten(0, 1).sin()
+    losses = chunked_cross_entropy(hidden, head, labels, bias=head_bias, later=later, block_bytes=1)
+    used = []
+    users = {ours[0]: lambda row, grad: used.append((row, grad.clone()))} if by_rows else {}
+    with using_rows(users):
+        losses.sum().backward()
+    got = ours[0].grad
+    if by_rows:
+        assert got is None and [row for row, _ in used] == [0, 64, 128, 192]
+        got = torch.cat([grad for _, grad in used])
+    torch.testing.assert_close(got, want[0].grad, rtol=1e-12, atol=1e-14)
+    if bias:
+        torch.testing.assert_close(ours[1].grad, want[1].grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_lookup_that_no_head_waits_for():
+    weight = torch.randn(5, 3, dtype=torch.float64).requires_grad_()
+    tokens = torch.tensor([4, 0, 4])
+    _, _, later = postpone(weight)
+    TiedLookup.apply(tokens, weight, None, later).sum().backward()
+    assert weight.grad.sum(1).tolist() == [3, 0, 0, 0, 6]
 
 
 def test_nothing_labelled():

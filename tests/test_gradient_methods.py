@@ -13,7 +13,9 @@ from torch import nn
 import tinyft
 from tinyft import adapters
 from tinyft.data import Batch
+from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy
 from tinyft.losses import objective
+from tinyft.optim.gradient import GradientOptimizer
 from tinyft.packing import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")  # PEFT's
@@ -110,6 +112,36 @@ def test_recomputing_activations_changes_no_bit(architecture, mode):
         our_loop(optimizer, model, [batch_of(step) for step in range(3)])
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gpt_neox"])  # not tied: last
+@pytest.mark.parametrize(
+    ("rule", "dtype"), [("adamw", torch.float32), ("sgd", torch.float32), ("sgd", torch.bfloat16)]
+)
+def test_a_head_is_updated_by_rows(architecture, rule, dtype, monkeypatch):
+    """As by its whole gradient, which clipping keeps; 16-bit weights within their rounding."""
+    monkeypatch.setitem(chunked_cross_entropy.__kwdefaults__, "block_bytes", 1)
+    weights, rows = [], []
+    use_rows = GradientOptimizer._use_rows
+
+    def watched(self, parameter, group, row, grad):
+        rows.append(row)
+        use_rows(self, parameter, group, row, grad)
+
+    monkeypatch.setattr(GradientOptimizer, "_use_rows", watched)
+    for grad_clip in (None, 1e9):
+        rows.clear()
+        model = tiny_model(architecture).to(dtype)
+        optimizer = tinyft.Full(model, lr=1e-3, optimizer=rule, grad_clip=grad_clip)
+        n_steps = 1 if dtype == torch.bfloat16 else 3
+        our_loop(optimizer, model, [batch_of(step) for step in range(n_steps)])
+        assert any(rows) == (grad_clip is None)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        counts = {float(s["step"]) for s in optimizer.state.values() if s}
+        assert counts <= {float(n_steps)}
+    tolerance = {"rtol": 2**-7, "atol": 0} if dtype == torch.bfloat16 else {}
+    for ours, whole in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, whole, **tolerance)
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.1])

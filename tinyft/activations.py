@@ -28,18 +28,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tinyft.heap import HeapWatch, Roomy
+from tinyft.modules import is_plain_linear
 
 MODES = ("none", "selective", "full")
 
 
 @contextmanager
-def keeping(model: nn.Module, mode: str, watch: HeapWatch) -> Iterator[None]:
-    """Run a forward pass inside this; the backward pass may come outside, and may come never."""
+def keeping(
+    model: nn.Module, mode: str, watch: HeapWatch, *, head_by_rows: bool = False
+) -> Iterator[None]:
+    """Run a forward pass inside this; the backward pass may come outside, and may come never.
+
+    `head_by_rows`: the gradient of a plain head's weight will be used a block at a time.
+    """
     blocks = blocks_of(model)
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
-    # Of an embedding or a head: its gradient, and a second where one weight is both.
-    largest_bytes = max((2 * p.numel() * p.element_size() for p in outside), default=0)
+    apart = {id(p) for block in blocks for p in block.parameters()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head_by_rows and is_plain_linear(head):
+        apart.add(id(head.weight))
+    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    largest_bytes = max((p.numel() * p.element_size() for p in outside), default=0)
     recipes = Rematerialise() if mode == "selective" else None
     for i, block in enumerate(blocks):
         block.forward = partial(

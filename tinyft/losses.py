@@ -13,17 +13,26 @@ a label go through the head, a piece at a time:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from tinyft.errors import InputError
-from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy, postpone
+from tinyft.kernels.chunked_cross_entropy import (
+    Postponed,
+    TiedLookup,
+    chunked_cross_entropy,
+    postpone,
+)
 from tinyft.modules import is_plain_linear
 
 log = logging.getLogger(__name__)
@@ -308,7 +317,8 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
     chunked = torch.is_grad_enabled() and not plan.whole and is_plain_linear(head)
     if chunked:  # before the backbone runs, for its gradient to be made after the backbone's
         weight, bias, later = postpone(head.weight, head.bias)
-    states = _selected(model, batch, position, plan)
+    with _lookups_into(later, model, head) if chunked else nullcontext():
+        states = _selected(model, batch, position, plan)
     if plan.whole:
         return nn.functional.cross_entropy(_wide(states).transpose(1, 2), labels, reduction="none")
     if chunked:
@@ -339,6 +349,68 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
         for s, y in _pieces(model, states, labels)
     ]
     return torch.cat(pieces, 1)
+
+
+@contextmanager
+def _lookups_into(later: Postponed, model: nn.Module, head: nn.Module) -> Iterator[None]:
+    """Meanwhile an embedding that is tied to the head leaves its gradient to the head's."""
+    tied = [
+        module
+        for module in model.modules()
+        if module is not head and any(p is head.weight for p in module._parameters.values())
+    ]
+    if not head.weight.requires_grad:
+        tied = []
+    hidden = [vars(module).get("forward") for module in tied]
+    for module in tied:
+        module.forward = partial(_look_up, module.forward, head.weight, later)
+    try:
+        yield
+    finally:
+        for module, forward in zip(tied, hidden, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _look_up(
+    forward: Callable[..., Tensor], weight: Tensor, later: Postponed, *args: Any, **kwargs: Any
+) -> Tensor:
+    with _TiedLookups(weight, later) as lookups:
+        out = forward(*args, **kwargs)
+    later.alone &= lookups.found
+    return out
+
+
+class _TiedLookups(TorchFunctionMode):
+    """Meanwhile `embedding` of a head's weight, however it is wrapped, is a `TiedLookup`.
+
+    Attributes:
+        found: there was one, and nothing else.
+    """
+
+    def __init__(self, weight: Tensor, later: Postponed) -> None:
+        super().__init__()
+        self.weight, self.later, self.found = weight, later, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(arg is self.weight for arg in (*args, *kwargs.values())):
+            if func is nn.functional.embedding:
+                call = _EMBEDDING.bind(*args, **kwargs).arguments
+                if not any(call.get(k) for k in ("max_norm", "scale_grad_by_freq", "sparse")):
+                    self.found = True
+                    tokens, padding_idx = call["input"], call.get("padding_idx")
+                    return TiedLookup.apply(tokens, self.weight, padding_idx, self.later)
+            out = func(*args, **kwargs)
+            self.later.alone &= not getattr(out, "requires_grad", False)
+            return out
+        return func(*args, **kwargs)
+
+
+_EMBEDDING = signature(nn.functional.embedding)
 
 
 def _cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:

@@ -282,7 +282,8 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
         run.label([*model.parameters(), *model.buffers()], "weights")
 
         def arrived(parameter: Tensor) -> None:
-            run.label([parameter.grad], "gradients")
+            if parameter.grad is not None:  # of a head that is updated by rows
+                run.label([parameter.grad], "gradients")
             run.mark()
 
         for parameter in model.parameters():

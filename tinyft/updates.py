@@ -24,21 +24,29 @@ _PIECE = 1 << 18  # numbers widened at a time, 1 MB of float32: what a cache hol
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
-At = tuple[int, int]
+At = tuple[int, int, int]
+_START: At = (0, 0, 0)
 
 
 class UpdateRule(Protocol):
     """In place.
 
+    Attributes:
+        by_rows: whether rows of a matrix may take their step one after the other: no number of its
+            state belongs to several rows.
+
     Args:
         group: the parameter's: `lr`, `weight_decay`, `betas`, `eps`.
-        at: the optimizer's step, and which of its parameters this is: each rounds by other bits.
+        at: the optimizer's step, which of its parameters this is, and the number of its first
+            element if these are rows of it: each rounds by other bits.
     """
+
+    by_rows: bool
 
     def start(self, parameter: Tensor) -> State: ...
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = _START
     ) -> None: ...
 
 
@@ -53,7 +61,7 @@ class _Widened:
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """Pieces by number, one of each tensor, widened if the first is of 16 bits. They are stored
         when the next are asked for, but for the last `read` tensors'."""
-        step, place = at
+        step, place, first = at
         noise = self._of(step, tensors[0].device) if _is_widened(tensors[0]) else None
         written = len(tensors) - read
         flat = [t.view(-1) for t in tensors[:written]] + [t.reshape(-1) for t in tensors[written:]]
@@ -65,7 +73,7 @@ class _Widened:
             wide = [t.float() for t in part]
             yield i, wide
             for k in range(written):
-                offset = (offset_of(place, i) + k * 25013) % NOISE_SIZE
+                offset = (offset_of(place, first // _PIECE + i) + k * 25013) % NOISE_SIZE
                 store(wide[k], part[k], noise, offset)
             wide.clear()  # whoever was given it still holds it while the next are made
 
@@ -83,6 +91,8 @@ def _is_widened(parameter: Tensor) -> bool:
 class AdamW(_Widened):
     """Decoupled weight decay (Loshchilov & Hutter 2019), by torch's fused kernel."""
 
+    by_rows = True
+
     def start(self, parameter: Tensor) -> State:
         return {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -91,7 +101,7 @@ class AdamW(_Widened):
         }
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = _START
     ) -> None:
         tensors = (parameter, state["exp_avg"], state["exp_avg_sq"], grad)
         if not _is_widened(parameter):
@@ -132,11 +142,13 @@ class AdamW(_Widened):
 class SGD(_Widened):
     """`w -= lr (g + weight_decay w)`; no momentum, hence no state."""
 
+    by_rows = True
+
     def start(self, parameter: Tensor) -> State:
         return {}
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = _START
     ) -> None:
         is_widened = _is_widened(parameter)
         pieces = self.pieces((parameter, grad), 1, at) if is_widened else [(0, (parameter, grad))]
@@ -150,6 +162,7 @@ class AdamW8bit(AdamW):
     Small parameters keep whole moments, as in `bitsandbytes.optim.AdamW8bit`.
     """
 
+    by_rows = False  # a block of 256 may
     small = 4096  # elements
     block = 256
     # What is updated at a time is a piece: on a CPU each of its elements takes 24 bytes meanwhile.
@@ -172,7 +185,7 @@ class AdamW8bit(AdamW):
         }
 
     def step(
-        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = (0, 0)
+        self, parameter: Tensor, grad: Tensor, state: State, group: Group, at: At = _START
     ) -> None:
         if "state1" not in state:
             return super().step(parameter, grad, state, group, at)

@@ -20,6 +20,7 @@ from tinyft.errors import InputError
 from tinyft.heap import HeapWatch
 from tinyft.importance import sweep, undisturbed
 from tinyft.kernels import widened
+from tinyft.kernels.chunked_cross_entropy import using_rows
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite
 from tinyft.updates import update_rule
@@ -123,7 +124,8 @@ class GradientOptimizer(Optimizer):
 
     def keeping(self) -> AbstractContextManager[None]:
         """What forward passes run under: see `tinyft.activations.keeping`."""
-        return keeping(self.model, self.checkpointing, self._heap)
+        at_once = self.rule.by_rows and self.grad_clip is None and self.grad_accumulation == 1
+        return keeping(self.model, self.checkpointing, self._heap, head_by_rows=at_once)
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Gradients of `loss`, each used at once where possible."""
@@ -142,15 +144,26 @@ class GradientOptimizer(Optimizer):
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
-        """Meanwhile, a parameter whose gradient is complete is updated and its gradient freed."""
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._use(p, group))
+        """Meanwhile, a parameter whose gradient is complete is updated and its gradient freed; a
+        head's, a block of rows at a time, if there is nothing to add to from before."""
+        trained = [
+            (parameter, group)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.requires_grad
         ]
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._use(p, group))
+            for parameter, group in trained
+        ]
+        users = {
+            parameter: partial(self._use_rows, parameter, group)
+            for parameter, group in trained
+            if self.rule.by_rows and parameter.grad is None
+        }
         try:
-            yield
+            with using_rows(users):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -158,13 +171,27 @@ class GradientOptimizer(Optimizer):
     @torch.no_grad()
     def _use(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Update `parameter` by its gradient, and free that."""
-        self.clean = False
-        state = self._state_of(parameter)
-        place = self._places.setdefault(parameter, len(self._places))
-        self.rule.step(parameter, parameter.grad, state, group, (self.steps, place))
+        if parameter.grad is None:
+            return  # used by rows
+        self._use_rows(parameter, group, 0, parameter.grad)
         parameter.grad = None
         if parameter.numel() >= _LARGE:
             self._heap.check()
+
+    @torch.no_grad()
+    def _use_rows(self, parameter: Tensor, group: dict[str, Any], row: int, grad: Tensor) -> None:
+        """Update those rows of `parameter`, from `row` on, that `grad` is of; in their order."""
+        self.clean = False
+        state = self._state_of(parameter)
+        place = self._places.setdefault(parameter, len(self._places))
+        rows, first = parameter, 0
+        if grad.shape != parameter.shape:
+            here = slice(row, row + len(grad))
+            if row and "step" in state:
+                state["step"] -= 1  # which the first rows' update has counted
+            state = {k: v[here] if v.shape == parameter.shape else v for k, v in state.items()}
+            rows, first = parameter[here], row * parameter[0].numel()
+        self.rule.step(rows, grad, state, group, (self.steps, place, first))
 
     @torch.no_grad()
     def _update_all(self) -> None:

@@ -251,11 +251,11 @@ class RoSTE(_Quantising, GradientOptimizer):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         super().__init__(model, named, lr, **common)
 
-    def _use(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _use_rows(self, parameter: Tensor, group: dict[str, Any], row: int, grad: Tensor) -> None:
         # Adam's steps are as large for a weight that took a norm's small scale (SmolLM2: 0.03 to
         # 0.4) as for the one before, which would be 3 to 30 times the step that was asked for.
         gain = self.rotated.gains.get(parameter, 1.0)
-        super()._use(parameter, {**group, "lr": group["lr"] * gain})
+        super()._use_rows(parameter, {**group, "lr": group["lr"] * gain}, row, grad)
         # Fused update rules write without saying so, and a layer rounds its weight anew by this.
         torch.autograd.graph.increment_version(parameter)
 
