@@ -84,10 +84,13 @@ class Draw:
         """z_t by the name that fused kernels know it by; None if they have no such kind."""
         return None
 
-    def add_product_(self, t: int, x: Tensor, y: Tensor, scale: float, transposed: bool) -> None:
+    def add_product_(
+        self, t: int, x: Tensor, y: Tensor, scale: float | Tensor, transposed: bool
+    ) -> None:
         """`y += scale * x z_t'` in place (`x z_t` if transposed), without forming z_t.
 
-        `x` is `(N, in)`, `y` is `(N, out)` and contiguous. Structured families only.
+        `x` is `(N, in)`, `y` is `(N, out)` and contiguous, `scale` a number or `(N, 1)` in the
+        dtype of `y`. Structured families only.
         """
         raise NotImplementedError
 
@@ -168,15 +171,30 @@ class StructuredDraw(Draw):
         counters = family.counters.clone()
         counters[2] = step
         counters[3] += probe << 3
-        self._signs = philox.signs(philox.philox(counters, family.seed)).flatten().to(family.dtype)
+        signs = philox.signs(philox.philox(counters, family.seed)).flatten().to(family.dtype)
+        self._signs = {family.dtype: signs}
 
-    def left(self, t: int) -> Tensor:
-        """u of tensor t, `(rows,)`."""
-        return self._signs[self.family.left[t]]
+    def left(self, t: int, dtype: torch.dtype | None = None) -> Tensor:
+        """u of tensor t, `(rows,)`; in the family's dtype unless told."""
+        return self._signs_as(dtype)[self.family.left[t]]
 
-    def right(self, t: int) -> Tensor:
+    def right(self, t: int, dtype: torch.dtype | None = None) -> Tensor:
         """v of tensor t, `(cols,)`."""
-        return self._signs[self.family.right[t]]
+        return self._signs_as(dtype)[self.family.right[t]]
+
+    def _signs_as(self, dtype: torch.dtype | None) -> Tensor:
+        """All signs, converted once: hundreds of layers ask for theirs."""
+        family = self.family
+        if dtype is None:
+            return self._signs[family.dtype]
+        if dtype not in self._signs:
+            self._signs[dtype] = self._signs[family.dtype].to(dtype)
+        return self._signs[dtype]
+
+    def dense(self, t: int) -> Tensor:
+        if self.family.shapes[t][0] == 1:
+            return self.right(t).unsqueeze(0)
+        return super().dense(t)
 
     def direction(self, t: int) -> Direction | None:
         if self.family.shapes[t][0] == 1:
@@ -193,21 +211,23 @@ class StructuredDraw(Draw):
             z *= hadamard_rows(index, cols, z.dtype)
         return z
 
-    def add_product_(self, t: int, x: Tensor, y: Tensor, scale: float, transposed: bool) -> None:
-        u, v = (self.right(t), self.left(t)) if transposed else (self.left(t), self.right(t))
-        u, v = u.to(y.dtype), v.to(x.dtype)  # the tensors of a model may differ in dtype
+    def add_product_(
+        self, t: int, x: Tensor, y: Tensor, scale: float | Tensor, transposed: bool
+    ) -> None:
+        left, right = (self.right, self.left) if transposed else (self.left, self.right)
+        u, v = left(t, y.dtype), right(t, x.dtype)  # the tensors of a model may differ in dtype
         if self.family.hadamard:
-            y.addcmul_(hadamard_product(x * v, y.shape[1]).to(y.dtype), u, value=scale)
-        elif y.dtype == torch.float32:
-            y.addr_(torch.mv(x, v), u, alpha=scale)
-        else:  # addr_ is not vectorised in bfloat16: 0.58 ms against 0.10 ms (768 x 1536, AVX-512)
-            y.addmm_(torch.mv(x, v).unsqueeze(1), u.unsqueeze(0), alpha=scale)
+            product = hadamard_product(x * v, y.shape[1]).to(y.dtype)
+        else:
+            product = torch.mv(x, v).to(y.dtype).unsqueeze(1)
+        y.addcmul_(product.mul_(scale), u)
 
     def subtract_from_(self, t: int, w: Tensor, start: int, c: float) -> None:
         if self.family.hadamard or self.family.shapes[t][0] == 1:
             return super().subtract_from_(t, w, start, c)
         # The product is +-c exactly, so w -+ c is rounded once: the same bits on every device.
-        w.addr_(self.left(t)[start : start + w.shape[0]].float(), self.right(t).float(), alpha=-c)
+        u, v = self.left(t, torch.float32), self.right(t, torch.float32)
+        w.addr_(u[start : start + w.shape[0]], v, alpha=-c)
 
 
 FAMILIES: dict[str, tuple[type[Directions], dict]] = {

@@ -66,6 +66,7 @@ class PerturbedForward:
             )
         self.groups: list[Group] = []
         self.rows = 0
+        self._scales: dict[Any, Tensor] = {}
 
     @contextmanager
     def __call__(self, groups: Sequence[Group], rows: int = 0) -> Iterator[None]:
@@ -85,6 +86,16 @@ class PerturbedForward:
             for module, _ in self.sites:
                 module.__dict__.pop("forward", None)
             self.groups = []
+            self._scales.clear()
+
+    def scales(self, y: Tensor) -> Tensor:
+        """The scale of each row of `y`, all copies, `(N, 1)` in its dtype."""
+        key = len(y), y.dtype
+        if key not in self._scales:
+            scales = torch.tensor([scale for _, scale in self.groups], device=y.device)
+            rows = scales.to(y.dtype).repeat_interleave(len(y) // len(scales))
+            self._scales[key] = rows.unsqueeze(1)
+        return self._scales[key]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """`x` by copies. An input shared by all copies (leading size 1) is given to each."""
@@ -129,6 +140,12 @@ def _linear(
             f"A linear layer got an input of shape {tuple(x.shape)}, which {len(state.groups)} "
             f"copies of the batch do not divide. Give step() a closure without a batch."
         )
+    unformed = t is not None and structured and not fused
+    if unformed and draws and all(draw is draws[0] for draw, _ in state.groups):
+        draws[0].add_product_(t, xs, ys, state.scales(ys), transposed=conv1d)
+        unformed = False
+    if not unformed and structured and t_bias is None:
+        return y
     per_copy = list(
         zip(xs.chunk(len(state.groups)), ys.chunk(len(state.groups)), state.groups, strict=True)
     )
@@ -137,7 +154,7 @@ def _linear(
     for x_copy, y_copy, (draw, scale) in per_copy:
         if draw is None:
             continue
-        if t is not None and structured and not fused:
+        if unformed:
             draw.add_product_(t, x_copy, y_copy, scale, transposed=conv1d)
         if t_bias is not None:
             y_copy.add_(draw.vector(t_bias), alpha=scale)

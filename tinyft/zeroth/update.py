@@ -47,6 +47,7 @@ def update_(
     noise = None
     if rounding == "stochastic" and any(w.dtype.itemsize == 2 for w in tensors):
         noise = rounding_noise(family.seed, last_step, family.device)
+        noise = noise.repeat(-(-BLOCK_ELEMENTS // len(noise)))  # once, not for every block
     for t, tensor in enumerate(tensors):
         rows, cols = matrix_shape(tensor.shape)
         matrix = tensor.detach().view(rows, cols)
