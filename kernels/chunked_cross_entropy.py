@@ -231,10 +231,13 @@ def _accumulator(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _blocks(hidden: Tensor, weight: Tensor, block_bytes: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, hidden @ weight[start:stop].T) in one buffer."""
+def _blocks(
+    hidden: Tensor, weight: Tensor, block_bytes: int, beside: int = 1
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (start, stop, hidden @ weight[start:stop].T) in one buffer; a second one, of `beside`
+    numbers a row of the weight, would be no larger."""
     n, v = hidden.shape[0], weight.shape[0]
-    width = min(v, max(64, block_bytes // (max(n, 1) * _accumulator(hidden).itemsize)))
+    width = min(v, max(64, block_bytes // (max(n, beside) * _accumulator(hidden).itemsize)))
     buffer = hidden.new_empty(n * width)
     for start in range(0, v, width):
         stop = min(start + width, v)
@@ -408,12 +411,14 @@ def _head_gradients(
 ) -> Iterator[_Block]:
     """Gradients of weight and bias by a second pass over the logits: blocks of rows, those of the
     weight in `grad_weight`, or without that in a buffer that is overwritten by the next."""
-    buffer = None
+    beside, buffer = 1, None
+    if need_weight and grad_weight is None:
+        beside = weight.shape[1]
     scale = (grad_losses * (labels != IGNORE)).unsqueeze(1)
     logit_gradients = _logit_gradients
     if in_triton:
         from tinyft.kernels.gpu.chunked_cross_entropy import logit_gradients
-    for start, stop, logits in _blocks(hidden, weight, block_bytes):
+    for start, stop, logits in _blocks(hidden, weight, block_bytes, beside):
         block_bias = None if bias is None else bias[start:stop]
         grad_logits, sums = logit_gradients(
             logits, block_bias, labels - start, softcap, lse, missing, scale, need_bias

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tinyft.heap import HeapWatch, Roomy
+from tinyft.kernels.chunked_cross_entropy import BLOCK_BYTES
 from tinyft.modules import is_plain_linear
 
 MODES = ("none", "selective", "full")
@@ -44,10 +45,12 @@ def keeping(
     blocks = blocks_of(model)
     apart = {id(p) for block in blocks for p in block.parameters()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head_by_rows and is_plain_linear(head):
+    largest_bytes = 0
+    if head_by_rows and is_plain_linear(head) and head.weight.requires_grad:
         apart.add(id(head.weight))
+        largest_bytes = 2 * BLOCK_BYTES  # logits, and the gradient of their rows
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-    largest_bytes = max((p.numel() * p.element_size() for p in outside), default=0)
+    largest_bytes = max([largest_bytes, *(p.numel() * p.element_size() for p in outside)])
     recipes = Rematerialise() if mode == "selective" else None
     for i, block in enumerate(blocks):
         block.forward = partial(
