@@ -385,9 +385,9 @@ def metered(monkeypatch):
 
         return losses
 
-    def noted(self):
+    def noted(self, **options):
         share[0] = 0.5 if self.checkpointing == "full" else 1.0
-        return keeping(self)
+        return keeping(self, **options)
 
     monkeypatch.setattr(loop, "PeakMeter", Meter)
     monkeypatch.setattr(tinyft.losses, "objective", counted)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyft.dry_run import alike
+from tinyft.kernels.chunked_cross_entropy import using_rows
 
 if TYPE_CHECKING:
     from tinyft.optim.gradient import GradientOptimizer
@@ -127,26 +128,34 @@ def _places(optimizer: GradientOptimizer) -> dict[Tensor, tuple[int, dict[str, A
     return {p: (k, group) for k, (p, group) in enumerate(pairs)}
 
 
-def sweep(optimizer: GradientOptimizer, loss: Callable[[], Tensor], use: _Use) -> None:
-    """Give each gradient to `use(index, parameter, group)` as it is made, and free it."""
+def sweep(
+    optimizer: GradientOptimizer, loss: Callable[[], Tensor], use: _Use, *, by_rows: bool = False
+) -> None:
+    """Give each gradient to `use(index, parameter, group)` as it is made, and free it.
+
+    `by_rows`: a head's is made a block of rows at a time, and goes unused.
+    """
 
     def hear(k: int, group: dict[str, Any], parameter: Tensor) -> None:
-        with torch.no_grad():
-            use(k, parameter, group)
+        if parameter.grad is not None:  # else its rows were used
+            with torch.no_grad():
+                use(k, parameter, group)
         parameter.grad = None
 
     places = _places(optimizer)
     for parameter in places:
         parameter.grad = None
-    with optimizer.keeping(), torch.enable_grad():
+    with optimizer.keeping(by_rows=by_rows), torch.enable_grad():
         root = loss()
     hooks = [
         parameter.register_post_accumulate_grad_hook(partial(hear, k, group))
         for parameter, (k, group) in places.items()
         if parameter.requires_grad
     ]
+    unused = {parameter: lambda row, grad: None for parameter in places} if by_rows else {}
     try:
-        root.backward()
+        with using_rows(unused):
+            root.backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -110,7 +110,7 @@ class GradientOptimizer(Optimizer):
         parts = [None] if batch is None else split(batch, self.grad_accumulation)
         total = 0.0
         for part in parts:
-            with torch.enable_grad(), self.keeping():
+            with torch.enable_grad(), self.keeping(by_rows=self.by_rows):
                 if part is None:
                     loss = closure()
                 else:
@@ -122,10 +122,15 @@ class GradientOptimizer(Optimizer):
         self._update_all()
         return total
 
-    def keeping(self) -> AbstractContextManager[None]:
-        """What forward passes run under: see `tinyft.activations.keeping`."""
-        at_once = self.rule.by_rows and self.grad_clip is None and self.grad_accumulation == 1
-        return keeping(self.model, self.checkpointing, self._heap, head_by_rows=at_once)
+    @property
+    def by_rows(self) -> bool:
+        """Whether a step uses the gradient of a head a block of rows at a time."""
+        return self.rule.by_rows and self.grad_clip is None and self.grad_accumulation == 1
+
+    def keeping(self, *, by_rows: bool = False) -> AbstractContextManager[None]:
+        """What forward passes run under: see `tinyft.activations.keeping`. `by_rows`: the backward
+        pass will use a head's gradient so."""
+        return keeping(self.model, self.checkpointing, self._heap, head_by_rows=by_rows)
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Gradients of `loss`, each used at once where possible."""
@@ -145,7 +150,7 @@ class GradientOptimizer(Optimizer):
     @contextmanager
     def _updating(self) -> Iterator[None]:
         """Meanwhile, a parameter whose gradient is complete is updated and its gradient freed; a
-        head's, a block of rows at a time, if there is nothing to add to from before."""
+        head's is by its rows."""
         trained = [
             (parameter, group)
             for group in self.param_groups
@@ -156,13 +161,9 @@ class GradientOptimizer(Optimizer):
             parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._use(p, group))
             for parameter, group in trained
         ]
-        users = {
-            parameter: partial(self._use_rows, parameter, group)
-            for parameter, group in trained
-            if self.rule.by_rows and parameter.grad is None
-        }
+        users = {p: partial(self._use_rows, p, group) for p, group in trained}
         try:
-            with using_rows(users):
+            with using_rows(users if self.by_rows else {}):
                 yield
         finally:
             for hook in hooks:
@@ -246,7 +247,7 @@ class GradientOptimizer(Optimizer):
             try:
                 if len(parts) == 1 and self.grad_clip is None:
                     loss = partial(_mean_loss, closure, batch)
-                    sweep(self, loss, lambda k, parameter, group: None)
+                    sweep(self, loss, lambda k, parameter, group: None, by_rows=self.by_rows)
                 else:
                     for part in parts[:2]:
                         with torch.enable_grad(), self.keeping():
