@@ -4,17 +4,18 @@
 
 Every row is one `tinyft train` in a process of its own, so that its peak memory is its own. Runs
 that are finished are kept and one that was interrupted resumes; the table, `film_reviews.csv` and
-`film_reviews.png` are made from all reports there are.
+`film_reviews.png` are made from all reports there are, and from the CSV's lines of other rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
 
-from commands import keep, train
+from commands import keep, kept, train
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = ["--data", "film-reviews:train", "--eval-data", "film-reviews:dev", "--max-length", "128"]
@@ -155,13 +156,18 @@ def main() -> None:
         for seed in PLANS[model]["seeds"][: arguments.seeds]:
             for row in arguments.rows or PLANS[model]["rows"]:
                 run(model, row, seed, arguments.runs / f"{model}-{row}-{seed}")
-    lines = [
-        record(model, row, seed, json.loads(report.read_text()))
-        for model, plan in PLANS.items()
-        for row in plan["rows"]
-        for seed in plan["seeds"]
-        if (report := arguments.runs / f"{model}-{row}-{seed}" / "report.json").exists()
-    ]
+    before = {
+        (line["model"], line["method"], line["seed"]): line
+        for line in kept(RESULTS / "film_reviews.csv")
+    }
+    lines = []
+    for model, plan in PLANS.items():
+        for row, seed in itertools.product(plan["rows"], plan["seeds"]):
+            report = arguments.runs / f"{model}-{row}-{seed}" / "report.json"
+            if report.exists():
+                lines.append(record(model, row, seed, json.loads(report.read_text())))
+            elif (model, row, seed) in before:
+                lines.append(before[model, row, seed])
     keep(lines, RESULTS / "film_reviews.csv")
     plot(lines, RESULTS / "film_reviews.png")
     print(table(lines))
