@@ -15,7 +15,7 @@ import json
 import statistics
 from pathlib import Path
 
-from commands import keep, kept, train
+from commands import add, kept, train
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = ["--data", "film-reviews:train", "--eval-data", "film-reviews:dev", "--max-length", "128"]
@@ -156,19 +156,13 @@ def main() -> None:
         for seed in PLANS[model]["seeds"][: arguments.seeds]:
             for row in arguments.rows or PLANS[model]["rows"]:
                 run(model, row, seed, arguments.runs / f"{model}-{row}-{seed}")
-    before = {
-        (line["model"], line["method"], line["seed"]): line
-        for line in kept(RESULTS / "film_reviews.csv")
-    }
-    lines = []
     for model, plan in PLANS.items():
         for row, seed in itertools.product(plan["rows"], plan["seeds"]):
             report = arguments.runs / f"{model}-{row}-{seed}" / "report.json"
             if report.exists():
-                lines.append(record(model, row, seed, json.loads(report.read_text())))
-            elif (model, row, seed) in before:
-                lines.append(before[model, row, seed])
-    keep(lines, RESULTS / "film_reviews.csv")
+                line = record(model, row, seed, json.loads(report.read_text()))
+                add(line, RESULTS / "film_reviews.csv", "model", "method", "seed")
+    lines = kept(RESULTS / "film_reviews.csv")
     plot(lines, RESULTS / "film_reviews.png")
     print(table(lines))
 

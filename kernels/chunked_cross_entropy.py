@@ -112,14 +112,16 @@ class _Postpone(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         later, (need_weight, need_bias, _) = ctx.later, ctx.needs_input_grad
-        passes, lookups = later.passes, later.lookups
+        passes = later.passes
+        lookups = [torch.cat(parts) for parts in zip(*later.lookups, strict=True)]
         later.passes, later.lookups = [], []
         at_once = need_weight and later.alone and len(passes) == 1
         use = _USERS.get(id(later.weight)) if at_once else None
         if use is not None:
             of_bias = []
             for start, rows, bias in passes[0](None):
-                _add_lookups(rows, start, lookups)
+                if lookups:
+                    _add_lookups(rows, start, *lookups)
                 use(start, rows)
                 of_bias.append(bias)
             return None, torch.cat(of_bias) if need_bias else None, None
@@ -129,8 +131,8 @@ class _Postpone(torch.autograd.Function):
             for total, grad in zip((grad_weight, grad_bias), more, strict=True):
                 if total is not None:
                     total += grad
-        if need_weight:
-            _add_lookups(grad_weight, 0, lookups)
+        if lookups and need_weight:
+            _add_lookups(grad_weight, 0, *lookups)
         return grad_weight, grad_bias, None
 
 
@@ -146,12 +148,9 @@ def _whole(
     return total, torch.cat(of_bias) if need_bias else None
 
 
-def _add_lookups(rows: Tensor, start: int, lookups: list[tuple[Tensor, Tensor]]) -> None:
+def _add_lookups(rows: Tensor, start: int, tokens: Tensor, grads: Tensor) -> None:
     """Add to rows of a gradient, from row `start` of it on, those of the tokens that stand there,
     in place; sums of what a token has several times are rounded once."""
-    if not lookups:
-        return
-    tokens, grads = (torch.cat(parts) for parts in zip(*lookups, strict=True))
     for first in range(0, len(rows), _LOOKUP_ROWS):
         part = rows[first : first + _LOOKUP_ROWS]
         place = tokens - (start + first)
@@ -189,7 +188,7 @@ class TiedLookup(torch.autograd.Function):
             ctx.later.lookups.append((tokens, rows))
             return None, None, None, None
         total = rows.new_zeros(ctx.shape)  # the head's is made already, or never
-        _add_lookups(total, 0, [(tokens, rows)])
+        _add_lookups(total, 0, tokens, rows)
         return None, total, None, None
 
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyft.heap import HeapWatch, Roomy
 from tinyft.kernels.chunked_cross_entropy import BLOCK_BYTES
-from tinyft.modules import is_plain_linear
+from tinyft.modules import is_plain_linear, replaced_forwards
 
 MODES = ("none", "selective", "full")
 
@@ -52,10 +52,14 @@ def keeping(
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     largest_bytes = max([largest_bytes, *(p.numel() * p.element_size() for p in outside)])
     recipes = Rematerialise() if mode == "selective" else None
-    for i, block in enumerate(blocks):
-        block.forward = partial(
-            _run_block, block.forward, watch, mode == "full", recipes, 0 if i else largest_bytes
+    again = mode == "full"
+    runs = [
+        (
+            block,
+            partial(_run_block, block.forward, watch, again, recipes, 0 if i else largest_bytes),
         )
+        for i, block in enumerate(blocks)
+    ]
     # A cache of keys and values is for generating; a block that runs again would fill it again.
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", False)
@@ -65,15 +69,11 @@ def keeping(
         # Only where there is a heap: on a GPU the mode would keep Triton's kernels away.
         on_cpu = all(p.device.type == "cpu" for p in model.parameters())
         room = Roomy() if on_cpu else nullcontext()
-        with room, recipes or nullcontext():
+        with replaced_forwards(runs), room, recipes or nullcontext():
             yield
     finally:
         if cached:
             config.use_cache = True
-        for block in blocks:
-            block.forward = block.forward.args[0]
-            if getattr(block.forward, "__func__", None) is type(block).forward:
-                del block.forward  # it was the class's own
         watch.check()  # the peak comes next, when the backward pass begins
 
 

@@ -13,8 +13,8 @@ a label go through the head, a piece at a time:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -33,7 +33,7 @@ from tinyft.kernels.chunked_cross_entropy import (
     chunked_cross_entropy,
     postpone,
 )
-from tinyft.modules import is_plain_linear
+from tinyft.modules import is_plain_linear, replaced_forwards
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +317,8 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
     chunked = torch.is_grad_enabled() and not plan.whole and is_plain_linear(head)
     if chunked:  # before the backbone runs, for its gradient to be made after the backbone's
         weight, bias, later = postpone(head.weight, head.bias)
-    with _lookups_into(later, model, head) if chunked else nullcontext():
+    apart = chunked and head.weight.requires_grad
+    with _lookups_into(later, model, head) if apart else nullcontext():
         states = _selected(model, batch, position, plan)
     if plan.whole:
         return nn.functional.cross_entropy(_wide(states).transpose(1, 2), labels, reduction="none")
@@ -351,26 +352,16 @@ def _head_losses(model: nn.Module, batch: Any, position: Tensor, labels: Tensor)
     return torch.cat(pieces, 1)
 
 
-@contextmanager
-def _lookups_into(later: Postponed, model: nn.Module, head: nn.Module) -> Iterator[None]:
+def _lookups_into(
+    later: Postponed, model: nn.Module, head: nn.Module
+) -> AbstractContextManager[None]:
     """Meanwhile an embedding that is tied to the head leaves its gradient to the head's."""
     tied = [
-        module
+        (module, partial(_look_up, module.forward, head.weight, later))
         for module in model.modules()
         if module is not head and any(p is head.weight for p in module._parameters.values())
     ]
-    if not head.weight.requires_grad:
-        tied = []
-    hidden = [vars(module).get("forward") for module in tied]
-    for module in tied:
-        module.forward = partial(_look_up, module.forward, head.weight, later)
-    try:
-        yield
-    finally:
-        for module, forward in zip(tied, hidden, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    return replaced_forwards(tied)
 
 
 def _look_up(
@@ -386,7 +377,7 @@ class _TiedLookups(TorchFunctionMode):
     """Meanwhile `embedding` of a head's weight, however it is wrapped, is a `TiedLookup`.
 
     Attributes:
-        found: there was one, and nothing else.
+        found: there was one.
     """
 
     def __init__(self, weight: Tensor, later: Postponed) -> None:

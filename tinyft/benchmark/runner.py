@@ -340,19 +340,19 @@ class Bench:
     def child(self, config: Mapping[str, Any], folder: Path, peer: str | None, lock: int) -> int:
         """Train in a process of its own; returns its exit code.
 
-        The folder gets its configuration first, as that of a run to go on with: so the same command
-        begins, continues, and reports a finished run.
+        A run's folder gets its configuration first, as that of a run to go on with: so the same
+        command begins, continues, and reports a finished run. Peers do not go on.
         """
         import yaml
 
         here = self.inside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").is_file():
-            write_atomic(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         if peer:
             words = ["tinyft.benchmark.peers", peer, *as_flags({**config, "output": here})]
         else:
             words = ["tinyft.cli", "train", "--resume", "--output", here]
+            if not (folder / "config.yaml").is_file():
+                write_atomic(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         return self.process(words, folder.parent / "log.txt", lock)
 
     def process(self, words: Sequence[str], log: Path, lock: int) -> int:

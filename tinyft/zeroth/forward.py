@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from tinyft.errors import InputError
 from tinyft.kernels.dispatch import choose
 from tinyft.kernels.perturbed_linear import perturbed_linear_triton
+from tinyft.modules import replaced_forwards
 from tinyft.zeroth.directions import Draw
 
 # Dense families form W + s eps Z this many elements at a time.
@@ -78,13 +79,14 @@ class PerturbedForward:
                 (position ids) can be told from those that have one. Not needed for one copy.
         """
         self.groups, self.rows = list(groups), rows
+        perturbed = [
+            (module, partial(_forward_of(module), self, module, own, module.forward))
+            for module, own in self.sites
+        ]
         try:
-            for module, own in self.sites:
-                module.forward = partial(_forward_of(module), self, module, own, module.forward)
-            yield
+            with replaced_forwards(perturbed):
+                yield
         finally:
-            for module, _ in self.sites:
-                module.__dict__.pop("forward", None)
             self.groups = []
             self._scales.clear()
 
