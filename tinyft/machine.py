@@ -136,7 +136,8 @@ def import_libraries() -> None:
 
 
 def _fingerprint() -> str:
-    """Of the processor, the threads and the libraries that decide the figures."""
+    """Of the processor, the threads and the libraries that decide the figures, and of where those
+    lie: the same versions took 441 MiB from one virtual environment and 452 from another."""
     libraries = [
         next((d.version for d in metadata.distributions(name=name)), None)
         for name in ("torch", "transformers", "bitsandbytes", "triton")
@@ -148,6 +149,7 @@ def _fingerprint() -> str:
         platform.processor(),
         platform.node(),
         platform.python_version(),
+        sys.prefix,
         threads,
         *libraries,
     ]
