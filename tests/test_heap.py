@@ -1,4 +1,6 @@
-"""When freed memory goes back, by a script of what would be resident; and room for results."""
+"""When freed memory goes back, by a script of what would be resident; and where results lie."""
+
+import weakref
 
 import pytest
 import torch
@@ -54,12 +56,13 @@ def test_looks_before_each_layer_runs(machine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_room_changes_no_value(dtype):
-    x = torch.randn(130, 260, generator=torch.Generator().manual_seed(0)).to(dtype)
-    row, square = x[:1], x[:, :130].contiguous()
+def test_a_shelf_changes_no_value(dtype):
+    x = torch.randn(300, 260, generator=torch.Generator().manual_seed(0)).to(dtype)
+    row, square = x[:1], x[:260].contiguous()
+    whole = torch.arange(1 << 15)
     cases = [
         lambda: x @ x.t(),
-        lambda: torch.addmm(x[0, :130], square, square),
+        lambda: torch.addmm(x[0, :260], square, square),
         lambda: torch.add(x, x, alpha=0.3),
         lambda: x + 1,
         lambda: row + x[:, :1],  # both operands are broadcast
@@ -72,17 +75,51 @@ def test_room_changes_no_value(dtype):
         lambda: torch.cat([x, x], -1),
         lambda: x.pow(2),
         lambda: x.float() * x.double(),
+        lambda: whole * 0.5,
     ]
+    shelf = heap.Shelf()
     for case in cases:
         want = case()
-        with heap.Roomy():
-            got = case()
-        assert got.dtype == want.dtype and torch.equal(got, want)
-        assert got.stride() == want.stride()
+        for _ in range(2):  # the second time in the block of the first
+            with heap.Shelved(shelf):
+                got = case()
+            assert got.dtype == want.dtype and torch.equal(got, want)
+            assert got.stride() == want.stride()
 
 
-def test_large_results_get_room_and_small_ones_do_not():
-    with heap.Roomy():
-        large, small = torch.ones(1 << 15) * 2, torch.ones(8) * 2
-    assert large.untyped_storage().nbytes() > large.nbytes
+def test_a_block_is_used_again_when_its_tensor_is_dead():
+    x, shelf = torch.ones(1 << 15), heap.Shelf()
+    with heap.Shelved(shelf):
+        kept, view = x * 2, (x * 3)[:5]
+        places = {kept.data_ptr(), view.data_ptr()}
+        passing = x * 4
+        third = passing.data_ptr()
+        del passing
+        again, other, small = x * 5, x * 6, x[:8] * 7
+    assert again.data_ptr() == third and len({*places, third, other.data_ptr()}) == 4
+    assert torch.equal(kept, x * 2) and torch.equal(view, x[:5] * 3)
     assert small.untyped_storage().nbytes() == small.nbytes
+    freed = weakref.ref(again.untyped_storage())
+    shelf.close()
+    del again
+    assert freed() is None and torch.equal(other, x * 6)
+    assert not any(shelf._free.values())
+
+
+def test_autograd_keeps_what_lies_on_a_shelf():
+    x = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    want, got = (x.clone().requires_grad_() for _ in range(2))
+
+    def loss(w):
+        y = x
+        for _ in range(4):
+            y = torch.nn.functional.silu(y @ w) * 0.5 + y
+        return (y**2).mean()
+
+    loss(want).backward()
+    shelf = heap.Shelf()
+    with heap.Shelved(shelf):
+        value = loss(got)
+    shelf.close()
+    value.backward()
+    assert torch.equal(got.grad, want.grad)

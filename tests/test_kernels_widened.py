@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from tinyft.cost import FlopCounter
-from tinyft.heap import Roomy
+from tinyft.heap import Shelf, Shelved
 from tinyft.kernels import dispatch, widened
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -144,7 +144,7 @@ def test_wrong_arguments_get_torchs_error(dtype):
 
 def test_counters_and_the_heap_see_one_product():
     x, w = random(300, 200, dtype=torch.bfloat16), random(400, 200, dtype=torch.bfloat16)
-    with FlopCounter() as counter, Roomy():
+    with FlopCounter() as counter, Shelved(Shelf()):
         y = linear(x, w)
     check(y, x.double() @ w.double().t(), torch.bfloat16)
     assert counter.flops == 2 * 300 * 200 * 400

@@ -27,8 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tinyft.heap import HeapWatch, Roomy
-from tinyft.kernels.chunked_cross_entropy import BLOCK_BYTES
+from tinyft.heap import HeapWatch, Shelf, Shelved
 from tinyft.modules import is_plain_linear, replaced_forwards
 
 MODES = ("none", "selective", "full")
@@ -45,13 +44,14 @@ def keeping(
     blocks = blocks_of(model)
     apart = {id(p) for block in blocks for p in block.parameters()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    largest_bytes = 0
     if head_by_rows and is_plain_linear(head) and head.weight.requires_grad:
         apart.add(id(head.weight))
-        largest_bytes = 2 * BLOCK_BYTES  # logits, and the gradient of their rows
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-    largest_bytes = max([largest_bytes, *(p.numel() * p.element_size() for p in outside)])
-    recipes = Rematerialise() if mode == "selective" else None
+    largest_bytes = max((p.numel() * p.element_size() for p in outside), default=0)
+    # Only where there is a heap: on a GPU the mode would keep Triton's kernels away.
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    shelf = Shelf() if on_cpu else None
+    recipes = Rematerialise(shelf) if mode == "selective" else None
     again = mode == "full"
     runs = [
         (
@@ -66,12 +66,11 @@ def keeping(
     if cached:
         config.use_cache = False
     try:
-        # Only where there is a heap: on a GPU the mode would keep Triton's kernels away.
-        on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-        room = Roomy() if on_cpu else nullcontext()
-        with replaced_forwards(runs), room, recipes or nullcontext():
+        with replaced_forwards(runs), recipes or (Shelved(shelf) if shelf else nullcontext()):
             yield
     finally:
+        if shelf:
+            shelf.close()
         if cached:
             config.use_cache = True
         watch.check()  # the peak comes next, when the backward pass begins
@@ -154,10 +153,14 @@ class Rematerialise(TorchDispatchMode):
     operands, which are recipes themselves or tensors (leaves). When autograd then saves that
     result, the recipe takes its place if its leaves, as far as nothing else holds them already,
     are smaller. Leaves must not change before the backward pass; one that did is an error.
+
+    Args:
+        shelf: where results lie, if on any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shelf: Shelf | None = None) -> None:
         super().__init__()
+        self._shelf = shelf
         # By address of the storage. The weak reference keeps the address from being used again.
         self._made: dict[int, tuple[StorageWeakRef, dict[Any, _Recipe]]] = {}
         self._held: dict[int, StorageWeakRef] = {}
@@ -182,7 +185,8 @@ class Rematerialise(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = self._shelf.run(func, args, kwargs) if self._shelf else func(*args, **kwargs)
         kind = _kind(func)
         if kind == "view":
             if self._recipe_of(args[0]) is not None:
@@ -193,7 +197,7 @@ class Rematerialise(TorchDispatchMode):
             if result.dim() and result.shape[-1] > 1:
                 self._record(result, _Recipe.of(func, args, kwargs, self._recipe_of))
         elif kind == "mutable":
-            for changed in (*args, *(kwargs or {}).values()):
+            for changed in (*args, *kwargs.values()):
                 if isinstance(changed, Tensor):  # at worst an operand that was only read
                     self._made.pop(changed.untyped_storage()._cdata, None)
         return out
@@ -237,9 +241,7 @@ class Rematerialise(TorchDispatchMode):
                 if not isinstance(leaf, nn.Parameter) and not self._is_held(leaf.untyped_storage())
             }
             unchanged = all(leaf._version == version for leaf, version in recipe.leaves)
-            # By a tenth, or the room that `Roomy` adds to some results would count: sums of a
-            # residual stream would be made again for nothing.
-            if unchanged and sum(s.nbytes() for s in fresh.values()) < 0.9 * storage.nbytes():
+            if unchanged and sum(s.nbytes() for s in fresh.values()) < storage.nbytes():
                 self._held |= {key: StorageWeakRef(s) for key, s in fresh.items()}
                 return recipe
         self._held[storage._cdata] = StorageWeakRef(storage)

@@ -66,6 +66,7 @@ class _Block:
     size_bytes: int
     kind: str
     born: int
+    place: int | None  # its address; None where the memory is another's
     died: int | None = None
 
 
@@ -92,6 +93,7 @@ class DryRun(TorchDispatchMode):
         self._dry: dict[int, Any] = {}  # storages without contents, by address; weak references
         self._known: dict[int, _Block] = {}
         self._blocks: list[_Block] = []
+        self._places: set[int] = set()  # addresses of what is alive
         self._now = 0
         self.live_bytes = 0
         self.reset()
@@ -242,15 +244,21 @@ class DryRun(TorchDispatchMode):
         block = self._known.get(key)
         if block is None:
             kind = "workspace" if _in_backward() else "activations"
-            block = _Block(storage.nbytes(), kind, self._now)
+            block = _Block(storage.nbytes(), kind, self._now, storage.data_ptr())
+            if block.place in self._places:  # lent by a block of `heap.Shelf`, which counts
+                block.size_bytes, block.place = 0, None
+            elif block.place:  # no bytes have none
+                self._places.add(block.place)
             self._known[key] = block
             self._blocks.append(block)
             # Storages keep their Python object, so this is called when the memory is freed.
             block.reference = weakref.ref(storage, lambda _: self._free(key))
             self._grow(block.size_bytes)
-        elif block.size_bytes != storage.nbytes():
+        elif block.place is not None and block.size_bytes != storage.nbytes():
             self._grow(storage.nbytes() - block.size_bytes)
-            block.size_bytes = storage.nbytes()
+            self._places.discard(block.place)
+            self._places.add(storage.data_ptr())
+            block.size_bytes, block.place = storage.nbytes(), storage.data_ptr()
         return block
 
     def _grow(self, n_bytes: int) -> None:
@@ -261,6 +269,7 @@ class DryRun(TorchDispatchMode):
     def _free(self, key: int) -> None:
         block = self._known.pop(key)
         block.died = self._now
+        self._places.discard(block.place)
         self.live_bytes -= block.size_bytes
         self._history.append((self._now, self.live_bytes))
 

@@ -1,16 +1,17 @@
 """glibc's heap: memory that is free but still resident, and how little of it there can be.
 
-A forward pass frees many tensors around the few that it keeps. glibc before 2.38 cannot put an
-aligned tensor into the hole that one of its own size left: it asks for the alignment on top. So
-holes stayed, and new layers went on top: SmolLM2-135M at 8 x 128 tokens, float32, held 1.3 GB for
-0.8 GB alive. `Roomy` makes most of them fit; `HeapWatch` hands back what is left. Neither changes
-a value.
+A forward pass frees many tensors around the few that it keeps. What it keeps gets into the holes of
+what it has freed, the next layer finds them too small, and goes on top: SmolLM2-135M at 8 x 128
+tokens, float32, held 1.3 GB for 0.8 GB alive. On a `Shelf` the two do not mix; `HeapWatch` hands
+back the holes that are left. Neither changes a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyft.memory import resident_bytes, trim
 
-SLACK_BYTES = 32 << 20
+SLACK_BYTES = 64 << 20
 
 
 class HeapWatch:
@@ -50,53 +51,96 @@ class HeapWatch:
 
 
 aten = torch.ops.aten
-# Bytes asked for beyond a result's size, and the variant that writes where it is told. What is
-# often kept (products, sums) fits the hole of what seldom is; a backward pass, which asks for
-# nothing extra, fits both. glibc needs 88 bytes of difference.
-_KEPT, _PASSING = 128, 256
-_ROOM: dict[Any, tuple[Any, int]] = {
-    aten.mm.default: (aten.mm.out, _KEPT),
-    aten.addmm.default: (aten.addmm.out, _KEPT),
-    aten.add.Tensor: (aten.add.out, _KEPT),
-    aten.mul.Tensor: (aten.mul.out, _PASSING),
-    aten.silu.default: (aten.silu.out, _PASSING),
-    aten.gelu.default: (aten.gelu.out, _PASSING),
-    aten.neg.default: (aten.neg.out, _PASSING),
-    aten.cat.default: (aten.cat.out, _PASSING),
-    aten.pow.Tensor_Scalar: (aten.pow.Tensor_Scalar_out, _PASSING),
-}
 _LARGE_BYTES = 1 << 16
 
 
-class Roomy(TorchDispatchMode):
-    """While active, large results on the CPU are allocated a little longer than they are."""
+class Shelf:
+    """Blocks of memory for the results of a forward pass, each used again for results of its size.
+
+    What the pass keeps fills new blocks, one after the other; what it needs for a moment takes the
+    place of what the layer before needed. Once the shelf is closed, a block goes back to the heap
+    when its tensor dies, and neighbours with it.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+        self._is_open = True
+
+    def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`func(*args, **kwargs)`, the result on the shelf if it is large and on the CPU."""
+        if func in _WRITTEN:
+            into, size_of = _WRITTEN[func]
+            operands = list(args[0]) if func is aten.cat.default else args
+            if (spare := self._spare(operands, size_of)) is not None:
+                return into(*args, **kwargs, out=spare)
+        return func(*args, **kwargs)
+
+    def close(self) -> None:
+        """Give back what is free now, and the rest as it becomes free."""
+        self._is_open = False
+        self._free.clear()
+
+    def _spare(self, operands: Iterable[Any], size_of: Callable[..., int]) -> Tensor | None:
+        """An empty tensor with room for the result; None if that is small, or of a dtype that is
+        not plainly the operands'."""
+        tensors = [t for t in operands if isinstance(t, Tensor)]
+        dtype = tensors[0].dtype
+        if any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
+            return None
+        n_bytes = size_of(*tensors) * dtype.itemsize
+        if n_bytes < _LARGE_BYTES or not dtype.is_floating_point:
+            return None
+        return torch.frombuffer(self._lease(n_bytes), dtype=dtype).resize_(0)
+
+    def _lease(self, n_bytes: int) -> Any:
+        """A block, as an array whose death gives it back; a tensor on it keeps it alive."""
+        free = self._free.setdefault(n_bytes, [])
+        block = free.pop() if free else torch.empty(n_bytes, dtype=torch.uint8)
+        array = block.numpy()
+        weakref.finalize(array, self._give_back, block).atexit = False
+        return array
+
+    def _give_back(self, block: Tensor) -> None:
+        if self._is_open:
+            self._free[len(block)].append(block)
+
+
+def _of_product(*operands: Tensor) -> int:
+    left, right = operands[-2:]
+    return left.shape[0] * right.shape[1]
+
+
+def _of_elements(*operands: Tensor) -> int:
+    shapes = {t.shape for t in operands}
+    return prod(torch.broadcast_shapes(*shapes) if len(shapes) > 1 else shapes.pop())
+
+
+def _of_all(*operands: Tensor) -> int:
+    return sum(t.numel() for t in operands)
+
+
+# The variant that writes where it is told, and how many numbers.
+_WRITTEN: dict[Any, tuple[Any, Callable[..., int]]] = {
+    aten.mm.default: (aten.mm.out, _of_product),
+    aten.addmm.default: (aten.addmm.out, _of_product),
+    aten.add.Tensor: (aten.add.out, _of_elements),
+    aten.mul.Tensor: (aten.mul.out, _of_elements),
+    aten.silu.default: (aten.silu.out, _of_elements),
+    aten.gelu.default: (aten.gelu.out, _of_elements),
+    aten.neg.default: (aten.neg.out, _of_elements),
+    aten.cat.default: (aten.cat.out, _of_all),
+    aten.pow.Tensor_Scalar: (aten.pow.Tensor_Scalar_out, _of_elements),
+}
+
+
+class Shelved(TorchDispatchMode):
+    """While active, results lie on a shelf."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        super().__init__()
+        self._shelf = shelf
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _ROOM:
-            into, extra_bytes = _ROOM[func]
-            if (spare := _spare(func, args, extra_bytes)) is not None:
-                return into(*args, **kwargs, out=spare)
-        return func(*args, **kwargs)
-
-
-def _spare(func: Any, args: tuple, extra_bytes: int) -> Tensor | None:
-    """An empty tensor with room for the result; None if that is small, or of mixed dtypes."""
-    if func is aten.cat.default:
-        operands = list(args[0])
-        size = sum(t.numel() for t in operands)
-    else:
-        operands = [t for t in args if isinstance(t, Tensor)]
-        if func in (aten.mm.default, aten.addmm.default):
-            left, right = operands[-2:]
-            size = left.shape[0] * right.shape[1]
-        else:  # a broadcast of both to more than either is found too small, and grows
-            size = max(t.numel() for t in operands)
-    dtype, device = operands[0].dtype, operands[0].device
-    if size * dtype.itemsize < _LARGE_BYTES or device.type != "cpu":
-        return None
-    if any(t.dtype != dtype for t in operands):
-        return None
-    return torch.empty(size + extra_bytes // dtype.itemsize, dtype=dtype).resize_(0)
+        return self._shelf.run(func, args, kwargs or {})
