@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,7 +64,7 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[Tensor]] = {}
+        self._free: dict[int, list[np.ndarray]] = {}
         self._is_open = True
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -92,15 +93,15 @@ class Shelf:
             return None
         return torch.frombuffer(self._lease(n_bytes), dtype=dtype).resize_(0)
 
-    def _lease(self, n_bytes: int) -> Any:
+    def _lease(self, n_bytes: int) -> np.ndarray:
         """A block, as an array whose death gives it back; a tensor on it keeps it alive."""
         free = self._free.setdefault(n_bytes, [])
-        block = free.pop() if free else torch.empty(n_bytes, dtype=torch.uint8)
-        array = block.numpy()
-        weakref.finalize(array, self._give_back, block).atexit = False
-        return array
+        block = free.pop() if free else torch.empty(n_bytes, dtype=torch.uint8).numpy()
+        lease = block.view()
+        weakref.finalize(lease, self._give_back, block).atexit = False
+        return lease
 
-    def _give_back(self, block: Tensor) -> None:
+    def _give_back(self, block: np.ndarray) -> None:
         if self._is_open:
             self._free[len(block)].append(block)
 
