@@ -99,6 +99,15 @@ def test_a_block_is_used_again_when_its_tensor_is_dead():
     assert again.data_ptr() == third and len({*places, third, other.data_ptr()}) == 4
     assert torch.equal(kept, x * 2) and torch.equal(view, x[:5] * 3)
     assert small.untyped_storage().nbytes() == small.nbytes
+    with heap.Shelved(shelf):
+        del again
+        freed = [weakref.ref(block.base) for blocks in shelf._free.values() for block in blocks]
+        shelf.empty()
+        assert len(freed) == 1 and freed[0]() is None
+        again = x * 7
+        del again, kept
+        assert (x * 8).data_ptr() in places
+        again = x * 9
     freed = weakref.ref(again.untyped_storage())
     shelf.close()
     del again

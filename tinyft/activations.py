@@ -52,14 +52,14 @@ def keeping(
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     shelf = Shelf() if on_cpu else None
     recipes = Rematerialise(shelf) if mode == "selective" else None
-    again = mode == "full"
-    runs = [
-        (
-            block,
-            partial(_run_block, block.forward, watch, again, recipes, 0 if i else largest_bytes),
-        )
-        for i, block in enumerate(blocks)
-    ]
+    runs = []
+    for i, block in enumerate(blocks):
+        forward = block.forward
+        if mode == "full":
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        coming_bytes = 0 if i else largest_bytes
+        last = shelf if block is blocks[-1] else None
+        runs.append((block, partial(_run_block, forward, watch, recipes, coming_bytes, last)))
     # A cache of keys and values is for generating; a block that runs again would fill it again.
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", False)
@@ -85,23 +85,26 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
 def _run_block(
     forward: Callable[..., Any],
     watch: HeapWatch,
-    again: bool,
     recipes: Rematerialise | None,
     coming_bytes: int,
+    shelf: Shelf | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`forward(*args, **kwargs)`, checkpointed if `again`.
+    """`forward(*args, **kwargs)`.
 
-    `coming_bytes`: of the gradients that the backward pass makes after this block's.
+    `coming_bytes`: of the gradients that the backward pass makes after this block's. `shelf`: to be
+    emptied after it, for what comes next is of other sizes: a head's logits.
     """
     watch.check()
     if args and isinstance(args[0], Tensor) and args[0].requires_grad:
         args[0].register_hook(lambda grad: watch.check(coming_bytes))
         if recipes:
             recipes.begin_from(args[0])
-    run = partial(checkpoint, forward, use_reentrant=False) if again else forward
-    return run(*args, **kwargs)
+    out = forward(*args, **kwargs)
+    if shelf:
+        shelf.empty()
+    return out
 
 
 aten = torch.ops.aten

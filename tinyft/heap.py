@@ -76,10 +76,15 @@ class Shelf:
                 return into(*args, **kwargs, out=spare)
         return func(*args, **kwargs)
 
+    def empty(self) -> None:
+        """Give back what is free now."""
+        for blocks in self._free.values():
+            blocks.clear()
+
     def close(self) -> None:
         """Give back what is free now, and the rest as it becomes free."""
         self._is_open = False
-        self._free.clear()
+        self.empty()
 
     def _spare(self, operands: Iterable[Any], size_of: Callable[..., int]) -> Tensor | None:
         """An empty tensor with room for the result; None if that is small, or of a dtype that is
