@@ -17,7 +17,6 @@ from tinyft.config import TrainConfig
 from tinyft.data import encode
 from tinyft.errors import BudgetError, InputError
 from tinyft.evidence import worth
-from tinyft.heap import SLACK_BYTES
 from tinyft.inputs import read_source
 from tinyft.machine import Machine, import_libraries, this_machine
 from tinyft.memory import resident_bytes, trim
@@ -41,9 +40,10 @@ from tinyft.targets.profiles import profile
 
 # What a run's process takes beyond what `Machine` and `Trace` know of: scratch memory of the
 # library's products, the programs that it compiles for those of 16-bit numbers, holes that
-# unpacked weights and moments leave in the heap, and as many others as `HeapWatch` lets be.
+# unpacked weights and moments leave in the heap, and others, of which `HeapWatch` would let be more.
 # Measured over `bench/plan_accuracy.py`; a small model needs less.
 _SCRATCH_BYTES, _COMPILED_BYTES, _UNPACKED_BYTES = 28 << 20, 32 << 20, 32 << 20
+_HOLES_BYTES = 40 << 20
 _ROOM_TO_FORK_BYTES = 1 << 30
 _MANY = 10**9  # examples: all that a curve tells
 # Fields that a plan chooses where they are not given, and the shortest rows that it proposes.
@@ -300,7 +300,7 @@ def _cost(found: Trace, config: TrainConfig, job: Job, machine: Machine) -> Cost
     scratch += _COMPILED_BYTES if config.dtype != "float32" else 0
     scratch += _UNPACKED_BYTES if in_pieces else 0
     scratch = min(scratch, found.bytes_by_kind["weights"] // 2)
-    library = scratch + min(SLACK_BYTES, passing)
+    library = scratch + min(_HOLES_BYTES, passing)
     per_step = config.batch_size * config.grad_accumulation
     share = job.tokens_per_step(per_step, config.seed) / found.step.tokens
     fixed_s = machine.startup_s
