@@ -40,7 +40,7 @@ from tinyft.targets.profiles import profile
 
 # What a run's process takes beyond what `Machine` and `Trace` know of: scratch memory of the
 # library's products, the programs that it compiles for those of 16-bit numbers, holes that
-# unpacked weights and moments leave in the heap, and others, of which `HeapWatch` would let be more.
+# unpacked weights and moments leave in the heap, and others (`HeapWatch` would let be more).
 # Measured over `bench/plan_accuracy.py`; a small model needs less.
 _SCRATCH_BYTES, _COMPILED_BYTES, _UNPACKED_BYTES = 28 << 20, 32 << 20, 32 << 20
 _HOLES_BYTES = 40 << 20
