@@ -43,7 +43,7 @@ from tinyft.targets.profiles import profile
 # unpacked weights and moments leave in the heap, and others (`HeapWatch` would let be more).
 # Measured over `bench/plan_accuracy.py`; a small model needs less.
 _SCRATCH_BYTES, _COMPILED_BYTES, _UNPACKED_BYTES = 28 << 20, 32 << 20, 32 << 20
-_HOLES_BYTES = 40 << 20
+_HOLES_BYTES = 48 << 20
 _ROOM_TO_FORK_BYTES = 1 << 30
 _MANY = 10**9  # examples: all that a curve tells
 # Fields that a plan chooses where they are not given, and the shortest rows that it proposes.
