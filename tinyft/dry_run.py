@@ -245,9 +245,10 @@ class DryRun(TorchDispatchMode):
         if block is None:
             kind = "workspace" if _in_backward() else "activations"
             block = _Block(storage.nbytes(), kind, self._now, storage.data_ptr())
-            if block.place in self._places:  # lent by a block of `heap.Shelf`, which counts
+            # Lent by a block of `heap.Shelf`, which counts; what has no bytes has the address 0.
+            if block.place and block.place in self._places:
                 block.size_bytes, block.place = 0, None
-            elif block.place:  # no bytes have none
+            else:
                 self._places.add(block.place)
             self._known[key] = block
             self._blocks.append(block)
