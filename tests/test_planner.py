@@ -110,6 +110,11 @@ def test_every_verdict_is_brute_forces():
                 assert again.chosen.steps >= 1
                 for name, value in verdict.least.items():
                     assert value > getattr(budget, name)
+                # What it is shown with is what it would take if it had just the memory.
+                roomy = Budget(**(vars(budget) | {"memory_bytes": None}))
+                steps = most_steps(verdict.setting, costs[id(verdict.setting)], roomy)
+                assert verdict.steps == max(1, steps)
+                assert bool(steps) == (set(verdict.least) == {"memory_bytes"})
                 refused += 1
         fitting = [v for v in found.verdicts if v.fits]
         if not fitting:

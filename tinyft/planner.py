@@ -80,7 +80,8 @@ class Verdict:
     Attributes:
         setting: the most comfortable one that fits; where none does, the leanest.
         cost: of that.
-        steps: that the budget affords, at most those wanted.
+        steps: at most those wanted, that the limits afford which it keeps to; 1 where not even
+            one is afforded.
         worth: of them, from 0 (untrained) to 1 (the best known); None without evidence.
         fits: whether it could be chosen.
         least: of each limit that it broke, what would have let it in.
@@ -98,8 +99,8 @@ class Verdict:
 
     @property
     def totals(self) -> dict[str, float]:
-        """Memory, FLOPs, time and energy of the whole run; of the one wanted, if none fits."""
-        return self.cost.of_steps(self.steps if self.fits else self.setting.steps)
+        """Memory, FLOPs, time and energy of so many steps."""
+        return self.cost.of_steps(self.steps)
 
 
 @dataclass(frozen=True)
@@ -152,16 +153,16 @@ def judge(candidate: Candidate, price: Price, worth: Worth, budget: Budget) -> V
     least = {k: one[k] for k, limit in limits.items() if one.get(k, 0.0) > limit}
     steps = setting.steps
     for name in ("flops", "time_s", "energy_j"):
-        if name in limits and one.get(name) and not least:
+        if name in limits and one.get(name):
             room = (limits[name] - none[name]) / (one[name] - none[name])
-            steps = min(steps, int(room + 1e-9))
+            steps = min(steps, max(1, int(room + 1e-9)))
     if not least:
         return Verdict(
             candidate, setting, cost, steps, worth(candidate, steps * setting.examples), True
         )
     needs = " and ".join(amount(name, value) for name, value in least.items())
     step = "" if set(least) == {"memory_bytes"} else " for one step"
-    return Verdict(candidate, setting, cost, 0, None, False, least, f"needs {needs}{step}")
+    return Verdict(candidate, setting, cost, steps, None, False, least, f"needs {needs}{step}")
 
 
 def _roomiest(candidate: Candidate, price: Price, limit: int | None) -> tuple[Setting, Cost]:

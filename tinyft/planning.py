@@ -134,7 +134,7 @@ def _predicted(verdict: Verdict) -> dict[str, Any]:
     return {
         "peak_memory_bytes": verdict.cost.peak_memory_bytes,
         "breakdown": dict(verdict.cost.breakdown),
-        "steps": verdict.steps if verdict.fits else verdict.setting.steps,
+        "steps": verdict.steps,
         "flops_per_step": verdict.cost.flops_per_step,
         "total_flops": totals["flops"],
         "step_s": verdict.cost.step_s,
