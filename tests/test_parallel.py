@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import os, signal, torch
 from tinyft.errors import InputError
-from tinyft.parallel import in_parallel
+from tinyft.parallel import apart, in_parallel
 
 signal.signal(signal.SIGTERM, lambda *_: print("stopped"))
 factor = 3  # a closure, which no pickle would carry
@@ -19,6 +19,7 @@ assert in_parallel(lambda x: x * factor, list(range(20))) == [3 * x for x in ran
 assert in_parallel(lambda x: x, [7]) == [7]
 assert in_parallel(lambda x: x, []) == []
 assert os.getpid() not in in_parallel(lambda _: os.getpid(), [1, 2])
+assert apart(os.getpid) != os.getpid()
 
 torch.set_num_threads(2)  # and after this process has used them
 expected = float(torch.ones(1 << 20).sum())
@@ -28,10 +29,11 @@ def fail(x):
     if x:
         raise InputError(f"no {x}")
 
-try:
-    in_parallel(fail, [0, 2])
-except InputError as error:
-    print(error)
+for work in (lambda: in_parallel(fail, [0, 2]), lambda: apart(lambda: fail(3))):
+    try:
+        work()
+    except InputError as error:
+        print(error)
 """
 
 
@@ -41,4 +43,4 @@ def test_in_parallel():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120
     )
-    assert (done.stdout, done.returncode) == ("no 2\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("no 2\nno 3\n", 0), done.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -56,14 +58,35 @@ CELLS = [
 def test_predictions_are_what_the_system_measures(job, tmp_path, cell):
     """A part of bench/plan_accuracy.py: peak memory of a process of its own, and its FLOPs."""
     values = {**job, **cell, "steps": 3, "batch_size": 8}
-    verdict = make_plan(values, ROOMY).plan.verdicts[0]
-    command = [sys.executable, "-m", "tinyft.cli", "train", *as_flags(values)]
-    subprocess.run([*command, "--output", str(tmp_path / "out")], check=True, capture_output=True)
+
+    def tinyft_(command: str, *flags: str) -> str:
+        words = [sys.executable, "-m", "tinyft.cli", command, *as_flags(values), *flags]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    predicted = json.loads(tinyft_("plan", "--memory=1024GiB", "--json"))["candidates"][0][
+        "predicted"
+    ]
+    tinyft_("train", f"--output={tmp_path / 'out'}")
     measured = json.loads((tmp_path / "out" / "report.json").read_text())["measured"]
     peak = max(measured["peak_memory_bytes"], measured["eval_peak_memory_bytes"])
-    assert 0.98 * peak <= verdict.cost.peak_memory_bytes <= 1.08 * peak
+    assert 0.98 * peak <= predicted["peak_memory_bytes"] <= 1.08 * peak
     flops = measured["flops"] / measured["steps"]
-    assert verdict.cost.flops_per_step == pytest.approx(flops, rel=0.01)
+    assert predicted["flops_per_step"] == pytest.approx(flops, rel=0.01)
+
+
+def test_a_job_goes_when_nobody_needs_it(job):
+    """What it holds would hide what the next one takes."""
+    from tinyft.planning import _first_valid, _job
+
+    gc.disable()
+    try:
+        found = _job(_first_valid({**job, "method": "lora"}, str), {})
+        assert len(found.batches(8, 0)) == 2
+        gone = weakref.ref(found)
+        del found
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_environments_are_measured_apart(monkeypatch):

@@ -38,6 +38,15 @@ def resident_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
+def anonymous_bytes() -> int:
+    """That part of it which is no file's: what this process has written itself, and not the pages
+    of programs, which come as they are run."""
+    try:
+        return _status_bytes("RssAnon")
+    except OSError:
+        return resident_bytes()
+
+
 def trim() -> None:
     """Give freed heap pages back to the system, so that the next phase's peak is its own."""
     try:

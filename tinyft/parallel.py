@@ -1,4 +1,4 @@
-"""Work in Python that a second core can share."""
+"""Work in Python that a second core can share, or that is to leave nothing behind."""
 
 from __future__ import annotations
 
@@ -21,9 +21,19 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     a lock that another thread holds at that moment stays locked in a forked process for ever.
     Elsewhere than on Linux, where forking is not safe or not possible, one after the other.
     """
-    global _current
     n = min(len(items), os.cpu_count() or 1)
-    if n < 2 or sys.platform != "linux":
+    return _forked(function, items, n) if n > 1 else [function(item) for item in items]
+
+
+def apart(function: Callable[[], R]) -> R:
+    """`function()` in a process of its own, forked as for `in_parallel`: its memory does not grow
+    into what earlier work left here, and nothing of it stays."""
+    return _forked(lambda _: function(), [None], 1)[0]
+
+
+def _forked(function: Callable[[T], R], items: Sequence[T], n: int) -> list[R]:
+    global _current
+    if sys.platform != "linux":
         return [function(item) for item in items]
     _current = function, items
     # Said beforehand, a tokenizer's library does not warn of the fork.

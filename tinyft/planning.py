@@ -19,7 +19,7 @@ from tinyft.errors import BudgetError, InputError
 from tinyft.evidence import worth
 from tinyft.inputs import read_source
 from tinyft.machine import Machine, import_libraries, this_machine
-from tinyft.memory import resident_bytes, trim
+from tinyft.memory import anonymous_bytes, trim
 from tinyft.models import outline
 from tinyft.optim import METHODS
 from tinyft.parallel import in_parallel
@@ -278,7 +278,7 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
     """Model and data, and what holding them takes."""
     import_libraries()  # which `Machine.process_bytes` counts
     trim()
-    before = resident_bytes()
+    before = anonymous_bytes()
     model = outline(config.model)
     shape = {"max_length": config.max_length, "encoder": model.kind == "encoder"}
     encoded = []
@@ -287,7 +287,7 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
         objective = config.objective if name == "data" else "auto"
         encoded.append(examples and encode(examples, model.tokenizer, objective=objective, **shape))
     trim()
-    return Job(model, *encoded, process_bytes=max(0, resident_bytes() - before))
+    return Job(model, *encoded, process_bytes=max(0, anonymous_bytes() - before))
 
 
 def _cost(found: Trace, config: TrainConfig, job: Job, machine: Machine) -> Cost:

@@ -122,8 +122,10 @@ class Job:
     @cached_property
     def batches(self) -> Callable[[int, int], Batches]:
         """`batches(per_step, seed)`: the training rows in batches, as the run has them."""
-        padding = pad_id(self.outline.tokenizer)
-        return cache(lambda n, seed: Batches(self.encoded, n, seed=seed, pad_id=padding))
+        # Without `self`: a job that held itself would stay until the garbage collector comes, and
+        # the next one, made in its place, would seem to take nothing (`process_bytes`).
+        encoded, padding = self.encoded, pad_id(self.outline.tokenizer)
+        return cache(lambda n, seed: Batches(encoded, n, seed=seed, pad_id=padding))
 
     def tokens_per_step(self, per_step: int, seed: int) -> float:
         """Mean over an epoch, padding included."""

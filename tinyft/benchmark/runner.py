@@ -24,6 +24,8 @@ from tinyft.benchmark.store import Store, read, write
 from tinyft.checkpoint import write_atomic
 from tinyft.config import TrainConfig, as_flag, as_flags
 from tinyft.errors import BudgetError, InputError, TinyFTError
+from tinyft.machine import import_libraries
+from tinyft.parallel import apart
 from tinyft.planning import Planned, make_plan
 
 _KEPT = {"report.json", "config.yaml", "metrics.jsonl", "loss.png"}
@@ -218,12 +220,18 @@ class Bench:
         }
         if not free:
             values |= {**unit.method.fields, "method": unit.method.name}
+
+        def planned() -> dict[str, Any]:
+            found = make_plan(values, spell=as_flag)
+            config = self.relative(TrainConfig.build(found.config).flat(), task)
+            return {**_chosen(found), "config": config}
+
+        import_libraries()  # here, once for all plans
         try:
-            planned = make_plan(values, spell=as_flag)
-            config = self.relative(TrainConfig.build(planned.config).flat(), task)
+            # Apart: a plan sees what tokenizer and rows take, unless earlier ones left it room.
+            return apart(planned)
         except (InputError, BudgetError) as error:
             return {"status": "left out", "reason": str(error)}
-        return {**_chosen(planned), "config": config}
 
     def relative(self, config: Mapping[str, Any], task: tasks.Task) -> dict[str, Any]:
         here = {"data": self.inside(task.train), "eval_data": self.inside(task.test)}
