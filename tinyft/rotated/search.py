@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from tinyft.dry_run import alike
 from tinyft.errors import InputError
+from tinyft.heap import HeapWatch
 from tinyft.kernels.hadamard_quant import rotate_ref
-from tinyft.memory import trim
-from tinyft.rotated.families import family_of
+from tinyft.memory import forget_mapped, trim
+from tinyft.rotated.families import block_names, family_of
 from tinyft.rotated.layers import QuantLinear, convert
 from tinyft.rotated.quantisers import CLIPS, Int4Groups, Quantiser
 from tinyft.rotated.rotation import (
@@ -193,12 +194,16 @@ class Rotated:
                 stack.enter_context(_listening(block, self.recipe, self.r1))
                 for block in blocks_of(self.model)
             ]
+            # Activations are copied and rounded in many ways: no more holes than in training.
+            whole = [self.model.get_submodule(name) for name in block_names(self.model)]
+            stack.enter_context(HeapWatch().before(whole))
             for batch, keep in batches:
                 for listener in heard:
                     listener.hear(keep)
                 run(batch)
         choices = []
         for block, listener in zip(blocks_of(self.model), heard, strict=True):
+            trim()  # holes of many sizes, of activations, of copies in float64 and of rounded ones
             choices.append(self._choose(block, listener))
         self.apply(choices)
 
@@ -282,9 +287,13 @@ class Rotated:
         for block in blocks_of(self.model):
             for linear in block.linears():
                 self.gains.pop(linear.weight, None)  # it keeps what it is the gain of
+                latent = linear.weight.detach()
                 linear.freeze_int4(self.recipe.group or 64)
+                # Of a mapped file: what rotating wrote there would stay until all of it goes.
+                forget_mapped(latent.data_ptr(), latent.nbytes)
+                del latent
             trim()  # or the temporaries stay
-        # A file's mapping, and what rotating wrote to in it, lives as long as one tensor of it.
+        # The mapping itself lives as long as one tensor of it.
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
