@@ -44,6 +44,24 @@ def test_trims_beyond_what_was_in_use_and_slack(machine):
     assert machine["trims"] == 2
 
 
+def test_a_limit_is_not_broken_by_holes(machine):
+    watch = heap.HeapWatch()
+    watch.hold_below(120 * MIB)
+    machine.update(now=121, holes=10)
+    watch.check()
+    assert machine["trims"] == 1
+    watch.check(coming_bytes=20 * MIB)  # 131 to come
+    assert machine["trims"] == 2
+    machine.update(now=200, holes=0)  # all of it in use: looked at once, ...
+    watch.check()
+    machine["now"] = 212
+    watch.check()
+    assert machine["trims"] == 3
+    machine.update(now=213, holes=13)  # ... and again when a quarter of the slack has come
+    watch.check()
+    assert machine["trims"] == 4
+
+
 def test_looks_before_each_layer_runs(machine):
     layer, watch = torch.nn.Linear(2, 2), heap.HeapWatch()
     with watch.before([layer]):

@@ -33,12 +33,20 @@ class HeapWatch:
 
     def __init__(self) -> None:
         self._ceiling = resident_bytes() + SLACK_BYTES
+        self._limit = float("inf")
+
+    def hold_below(self, limit_bytes: float) -> None:
+        """From now on trim there, too: no limit on memory is to be broken by holes."""
+        self._limit = limit_bytes
 
     def check(self, coming_bytes: int = 0) -> None:
         """`coming_bytes`: of what will be made next and fits no hole."""
-        if resident_bytes() + coming_bytes > self._ceiling:
+        if resident_bytes() + coming_bytes > min(self._ceiling, self._limit):
             trim()
-            self._ceiling = max(self._ceiling, resident_bytes() + SLACK_BYTES)
+            now_bytes = resident_bytes()
+            self._ceiling = max(self._ceiling, now_bytes + SLACK_BYTES)
+            # What is in use may be above: then not at every look, but as soon as there are holes.
+            self._limit = max(self._limit, now_bytes + SLACK_BYTES // 4)
 
     @contextmanager
     def before(self, modules: Iterable[nn.Module]) -> Iterator[None]:

@@ -333,7 +333,7 @@ def _candidates(
         if reason := METHODS[name].obstacle(job.outline.config):
             left_out[name] = reason
             continue
-        variants = _variants(METHODS[name], given, machine)
+        variants = _variants(METHODS[name], given, machine, job.encoded.kind)
         for variant in (v | own for own in _settings(METHODS[name], given) for v in variants):
             base = {**given, **variant, "method": name}
             try:
@@ -350,7 +350,9 @@ def _candidates(
     return found, left_out
 
 
-def _variants(method: Any, given: Mapping[str, Any], machine: Machine) -> list[dict[str, Any]]:
+def _variants(
+    method: Any, given: Mapping[str, Any], machine: Machine, kind: str
+) -> list[dict[str, Any]]:
     """What is trained, on a base of how many bits, in which precision."""
     sets = [method.needs] if method.needs else list(method.default_lr)
     if method.uses_gradients and not method.packs_base:
@@ -367,19 +369,20 @@ def _variants(method: Any, given: Mapping[str, Any], machine: Machine) -> list[d
             variant = {"trainable": trainable, "base_bits": int(base_bits)}
             dtypes = [given.get("dtype", "auto")]
             if dtypes == ["auto"]:
-                dtypes = _dtypes({"method": method.name, **variant}, machine)
+                dtypes = _dtypes({"method": method.name, **variant}, machine, kind)
             found += [{**variant, "dtype": dtype} for dtype in dtypes]
     return found
 
 
-def _dtypes(config: Mapping[str, Any], machine: Machine) -> list[str]:
-    """Those of which either may be the better choice."""
+def _dtypes(config: Mapping[str, Any], machine: Machine, kind: str) -> list[str]:
+    """Those of which either may be the better choice, for rows of a kind."""
     fastest = max(("float32", "bfloat16"), key=lambda d: machine.flops_per_s.get(d, 0.0))
     if config["base_bits"] < 16:
         return [fastest]  # packed weights are multiplied in it
     if fastest == "float32":
         return ["float32", "bfloat16"]  # the other is smaller
-    precise, fast = (worth({**config, "dtype": d}, _MANY) or 0.0 for d in ("float32", fastest))
+    learned = {d: worth({**config, "dtype": d}, _MANY, kind=kind) for d in ("float32", fastest)}
+    precise, fast = (learned[d] or 0.0 for d in ("float32", fastest))
     return [fastest, "float32"] if precise > fast + TOLERANCE else [fastest]
 
 

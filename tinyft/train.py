@@ -296,6 +296,8 @@ class _Session:
         optimizer = self.optimizer = method.attach(self.model, self.config)
         self.keeps_state = self.folder is not None and not method.keeps_log
         self.model.train(method.uses_gradients)
+        if self.limit_bytes is not None:
+            optimizer.hold_below(_NEAR * self.limit_bytes)
         optimizer.prepare(
             self.loss,
             (self.batches[i].to(self.meter.device) for i in range(len(self.batches))),

@@ -172,6 +172,9 @@ class Optimizer(torch.optim.Optimizer):
         """For a model without values (`tinyft/dry_run.py`): decide without data what steps would
         find out from it, before the first one."""
 
+    def hold_below(self, limit_bytes: float) -> None:
+        """Let no memory that is free take the process above that (`tinyft/heap.py`)."""
+
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Ways to take the same step (up to rounding) on `size` examples, from the present one to
         leaner and slower ones: each is attributes to set."""

@@ -228,6 +228,9 @@ class GradientOptimizer(Optimizer):
     def cost_key(self) -> Hashable:
         return self.checkpointing
 
+    def hold_below(self, limit_bytes: float) -> None:
+        self._heap.hold_below(limit_bytes)
+
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Smaller parts, and then smaller parts with blocks recomputed."""
         counts = [min(self.grad_accumulation, size)]

@@ -248,6 +248,9 @@ class MeZO(Optimizer):
         points = evaluation_points(self.options.estimator, self.options.probes)
         return 1 if self.options.exact else len(points) * self.splits
 
+    def hold_below(self, limit_bytes: float) -> None:
+        self._heap.hold_below(limit_bytes)
+
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Fewer rows at a time; none for the published procedure."""
         found = [{"splits": self.splits}]
