@@ -296,7 +296,7 @@ class _Session:
         optimizer = self.optimizer = method.attach(self.model, self.config)
         self.keeps_state = self.folder is not None and not method.keeps_log
         self.model.train(method.uses_gradients)
-        if self.limit_bytes is not None:
+        if self.limit_bytes is not None and self.meter.device == "cpu":
             optimizer.hold_below(_NEAR * self.limit_bytes)
         optimizer.prepare(
             self.loss,
