@@ -49,7 +49,7 @@ METHODS = {
     "roste of lora": {"method": "roste", "trainable": "lora"},
     "roste_mezo": {"method": "roste_mezo"},
 }
-# Those whose memory is told apart: with gradients, by forward passes, on a base that is searched.
+# Whose memory is told apart: of forward passes alone, on a base that is searched, and the rest.
 _ON_ROSTES_BASE = ("roste of lora",)
 _ZEROTH = tuple(name for name in METHODS if "mezo" in name)
 GROUPS = {
