@@ -297,11 +297,14 @@ class _Session:
         self.keeps_state = self.folder is not None and not method.keeps_log
         self.model.train(method.uses_gradients)
         if self.limit_bytes is not None and self.meter.device == "cpu":
-            optimizer.hold_below(_NEAR * self.limit_bytes)
+            optimizer.heap.hold_below(_NEAR * self.limit_bytes)
         optimizer.prepare(
             self.loss,
             (self.batches[i].to(self.meter.device) for i in range(len(self.batches))),
         )
+        taken_bytes = self.meter.peak_bytes("train")
+        if self.limit_bytes is not None and taken_bytes > self.limit_bytes:
+            raise BudgetError(self.too_small(f"to prepare {self.config.method}", taken_bytes))
         with self.meter.phase("restore"):
             if self.loaded.kind == "causal":
                 check_head(self.model)  # once, here, so that no step's FLOPs include it

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyft.errors import InputError
+from tinyft.heap import HeapWatch
 
 LR_WIDTH = 4096  # channels of a model that default rates are stated for
 _LEAST_WIDTH = 256  # below, nothing was tried
@@ -85,6 +86,7 @@ class Optimizer(torch.optim.Optimizer):
     Attributes:
         clean: after a step that raised an error: whether it left everything as it was before, so
             that it may be taken again.
+        heap: bounds the holes that preparing and stepping leave in the heap.
         n_parts: parts that a step's batch is run in, one after the other.
     """
 
@@ -97,6 +99,10 @@ class Optimizer(torch.optim.Optimizer):
     layers_alike: ClassVar[bool] = False
     keeps_log: ClassVar[bool] = False
     clean: bool = False
+
+    def __init__(self, parameters: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(parameters, defaults)
+        self.heap = HeapWatch()
 
     @property
     def n_parts(self) -> int:
@@ -171,9 +177,6 @@ class Optimizer(torch.optim.Optimizer):
     def assume(self) -> None:
         """For a model without values (`tinyft/dry_run.py`): decide without data what steps would
         find out from it, before the first one."""
-
-    def hold_below(self, limit_bytes: float) -> None:
-        """Let no memory that is free take the process above that (`tinyft/heap.py`)."""
 
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Ways to take the same step (up to rounding) on `size` examples, from the present one to

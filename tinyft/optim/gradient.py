@@ -17,7 +17,6 @@ from typing_extensions import TypedDict
 
 from tinyft.activations import MODES, keeping
 from tinyft.errors import InputError
-from tinyft.heap import HeapWatch
 from tinyft.importance import sweep, undisturbed
 from tinyft.kernels import widened
 from tinyft.kernels.chunked_cross_entropy import using_rows
@@ -84,7 +83,6 @@ class GradientOptimizer(Optimizer):
         self._places = {p: i for i, (_, p) in enumerate(self._named())}
         reuse_heap()
         widened.install_for(model)
-        self._heap = HeapWatch()
 
     @staticmethod
     def arguments(config: Any) -> dict[str, Any]:
@@ -130,7 +128,7 @@ class GradientOptimizer(Optimizer):
     def keeping(self, *, by_rows: bool = False) -> AbstractContextManager[None]:
         """What forward passes run under: see `tinyft.activations.keeping`. `by_rows`: the backward
         pass will use a head's gradient so."""
-        return keeping(self.model, self.checkpointing, self._heap, head_by_rows=by_rows)
+        return keeping(self.model, self.checkpointing, self.heap, head_by_rows=by_rows)
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Gradients of `loss`, each used at once where possible."""
@@ -177,7 +175,7 @@ class GradientOptimizer(Optimizer):
         self._use_rows(parameter, group, 0, parameter.grad)
         parameter.grad = None
         if parameter.numel() >= _LARGE:
-            self._heap.check()
+            self.heap.check()
 
     @torch.no_grad()
     def _use_rows(self, parameter: Tensor, group: dict[str, Any], row: int, grad: Tensor) -> None:
@@ -227,9 +225,6 @@ class GradientOptimizer(Optimizer):
 
     def cost_key(self) -> Hashable:
         return self.checkpointing
-
-    def hold_below(self, limit_bytes: float) -> None:
-        self._heap.hold_below(limit_bytes)
 
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Smaller parts, and then smaller parts with blocks recomputed."""

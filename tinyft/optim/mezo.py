@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from tinyft import adapters, prefix
 from tinyft.activations import blocks_of
 from tinyft.errors import InputError
-from tinyft.heap import HeapWatch
 from tinyft.kernels import widened
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
@@ -163,7 +162,6 @@ class MeZO(Optimizer):
         self._recent: deque[list[float]] = deque(maxlen=_window(momentum))
         self._scalar_objective = False
         self.splits = 1  # of a part of the batch, which without has the rows of inference
-        self._heap = HeapWatch()
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
@@ -175,7 +173,7 @@ class MeZO(Optimizer):
             )
         self.clean = not self.options.exact  # weights are read-only until the update
         # What a layer's forward pass frees (a packed weight's numbers, say) leaves holes.
-        with _eval_mode(self.model), self._heap.before(blocks_of(self.model)):
+        with _eval_mode(self.model), self.heap.before(blocks_of(self.model)):
             if self.options.exact:
                 loss, gradients = self._exact_losses(closure, batch)
             else:
@@ -185,7 +183,7 @@ class MeZO(Optimizer):
                     self.options.estimator, losses.tolist(), self.options.eps
                 )
             self._apply(self.param_groups[0]["lr"], gradients)
-        self._heap.check()  # batches of different lengths leave holes
+        self.heap.check()  # batches of different lengths leave holes
         return torch.tensor(loss, dtype=torch.float32)
 
     def _groups(self) -> list[Group]:
@@ -247,9 +245,6 @@ class MeZO(Optimizer):
     def n_parts(self) -> int:
         points = evaluation_points(self.options.estimator, self.options.probes)
         return 1 if self.options.exact else len(points) * self.splits
-
-    def hold_below(self, limit_bytes: float) -> None:
-        self._heap.hold_below(limit_bytes)
 
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Fewer rows at a time; none for the published procedure."""

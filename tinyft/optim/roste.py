@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from tinyft import activations
 from tinyft.adapters import adapter_arguments, inject
 from tinyft.errors import InputError
 from tinyft.losses import check_head
@@ -125,7 +126,9 @@ class _Quantising(Optimizer):
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         check_head(model)  # now, and not amid the calibration
-        self.rotated.calibrate(run, chosen or [(None, None)])
+        # Activations are copied and rounded in many ways: no more holes than in training.
+        with self.heap.before(activations.blocks_of(model)):
+            self.rotated.calibrate(run, chosen or [(None, None)])
         for module, mode in modes:
             module.training = mode
         if self.rotated.recipe.int4_base:

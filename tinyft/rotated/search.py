@@ -31,10 +31,9 @@ from torch import Tensor, nn
 
 from tinyft.dry_run import alike
 from tinyft.errors import InputError
-from tinyft.heap import HeapWatch
 from tinyft.kernels.hadamard_quant import rotate_ref
 from tinyft.memory import forget_mapped, trim
-from tinyft.rotated.families import block_names, family_of
+from tinyft.rotated.families import family_of
 from tinyft.rotated.layers import QuantLinear, convert
 from tinyft.rotated.quantisers import CLIPS, Int4Groups, Quantiser
 from tinyft.rotated.rotation import (
@@ -194,9 +193,6 @@ class Rotated:
                 stack.enter_context(_listening(block, self.recipe, self.r1))
                 for block in blocks_of(self.model)
             ]
-            # Activations are copied and rounded in many ways: no more holes than in training.
-            whole = [self.model.get_submodule(name) for name in block_names(self.model)]
-            stack.enter_context(HeapWatch().before(whole))
             for batch, keep in batches:
                 for listener in heard:
                     listener.hear(keep)
