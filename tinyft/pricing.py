@@ -66,12 +66,17 @@ class Work:
         others = run.moved_bytes - run.product_bytes
         return cls(flops, run.product_bytes, others, run.operations, tokens)
 
+    @classmethod
+    def total(cls, works: Sequence[Work], times: Sequence[float]) -> Work:
+        """All of them, each so many times, for the tokens of the last."""
+        flops = _total([work.flops_by_dtype for work in works], times)
+        names = ("product_bytes", "other_bytes", "operations")
+        rest = _total([{name: getattr(work, name) for name in names} for work in works], times)
+        return cls(flops, **rest, tokens=works[-1].tokens)
+
     def between(self, other: Work, share: float) -> Work:
         """On the line from this one to `other`: at 0.5 their mean; beyond 1 it goes on."""
-        flops = _between(self.flops_by_dtype, other.flops_by_dtype, share)
-        names = ("product_bytes", "other_bytes", "operations")
-        rest = _between(*({name: getattr(w, name) for name in names} for w in (self, other)), share)
-        return dataclasses.replace(self, flops_by_dtype=flops, **rest)
+        return Work.total((self, other), (1 - share, share))
 
 
 @dataclass(frozen=True)
@@ -207,15 +212,15 @@ class _Look:
     Attributes:
         peaks: of attaching and preparing the method, and of its steps' passes (`DryRun.peaks`).
         eval_peaks: of those of an evaluation.
-        steps: their work, of the first and, where that is another, of one after it.
-        period: steps after which such a first one comes again.
+        works: of which a mean step consists: what comes once a period, and a usual step.
+        times: how much of each.
         evaluation: its work.
     """
 
     peaks: list[dict[str, float]]
     eval_peaks: list[dict[str, float]]
-    steps: list[Work]
-    period: int
+    works: list[Work]
+    times: list[float]
     evaluation: Work | None
 
     def is_like(self, other: _Look) -> bool:
@@ -227,20 +232,17 @@ class _Look:
         return _Look(
             _each(_between, self.peaks, other.peaks, rounds),
             _each(_between, self.eval_peaks, other.eval_peaks, rounds),
-            _each(Work.between, self.steps, other.steps, rounds),
-            self.period,
+            _each(Work.between, self.works, other.works, rounds),
+            self.times,
             self.evaluation and self.evaluation.between(other.evaluation, rounds),
         )
 
     def as_trace(self) -> Trace:
         peak = max(self.peaks, key=lambda kinds: sum(kinds.values()))
-        work = self.steps[0]
-        if len(self.steps) > 1:
-            work = work.between(self.steps[1], 1 - 1 / self.period)
         return Trace(
             {kind: round(n) for kind, n in peak.items()},
             round(max((sum(kinds.values()) for kinds in self.eval_peaks), default=0)),
-            work,
+            Work.total(self.works, self.times),
             self.evaluation,
         )
 
@@ -251,9 +253,13 @@ def _each(function: Callable, these: Sequence, others: Sequence, share: float) -
 
 def _between(one: Mapping[Any, float], other: Mapping[Any, float], share: float) -> dict:
     """On the line from one to the other, at 0 and at 1, or beyond."""
-    return {
-        key: (1 - share) * one.get(key, 0) + share * other.get(key, 0) for key in {**one, **other}
-    }
+    return _total((one, other), (1 - share, share))
+
+
+def _total(parts: Sequence[Mapping[Any, float]], times: Sequence[float]) -> dict:
+    """Key by key, each part so many times."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: sum(n * p.get(key, 0) for n, p in zip(times, parts, strict=True)) for key in keys}
 
 
 def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
@@ -277,7 +283,7 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
         model.train(method.uses_gradients)
         # Apart: with few layers what attaching does to an embedding may be higher than all of
         # what preparing does to layers, with all of them it is not.
-        peaks, steps = run.peaks(), []
+        peaks, works, times = run.peaks(), [], []
         run.reset()
         optimizer.prepare(lambda part: loss(model, part), [batch])
         peaks += run.peaks()
@@ -291,21 +297,31 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(arrived)
-        for _ in range(min(optimizer.period, 2)):  # where there are more, the first is another
+
+        def take(share: float, work: Callable[..., Any]) -> Any:
+            """Do a part of the steps, which is `share` times in each."""
+            nonlocal peaks
             run.reset()
-            optimizer.step(lambda part: loss(model, part), batch)
+            found = work(lambda part: loss(model, part), batch)
             for state in optimizer.state.values():
                 run.label((t for t in state.values() if isinstance(t, Tensor)), "optimizer")
             peaks += run.peaks()
-            steps.append(Work.of(run, batch.input_ids.numel()))
+            works.append(Work.of(run, batch.input_ids.numel()))
+            times.append(share)
+            return found
+
+        rare = 1 / optimizer.period
+        if not take(rare, optimizer.renew) and optimizer.period > 1:  # the first step is another
+            take(rare, optimizer.step)
+        take(1 - sum(times[1:]), optimizer.step)
         if job.held_out is None:
-            return _Look(peaks, [], steps, optimizer.period, None)
+            return _Look(peaks, [], works, times, None)
         run.reset()
         longest = sorted(job.held_out.items, key=lambda item: -item.length)[: config.batch_size]
         held_out = dataclasses.replace(job.held_out, items=longest)
         evaluate(model.eval(), job.outline.tokenizer, held_out, batch_size=config.batch_size)
         work = Work.of(run, _size(longest))
-        return _Look(peaks, run.peaks(), steps, optimizer.period, work)
+        return _Look(peaks, run.peaks(), works, times, work)
 
 
 def _longest(config: TrainConfig, job: Job, per_step: int) -> Batch:

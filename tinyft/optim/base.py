@@ -200,6 +200,11 @@ class Optimizer(torch.optim.Optimizer):
         """Steps after which their costs repeat: one that may be dearer, then equal ones."""
         return 1
 
+    def renew(self, closure: Callable[..., Tensor], batch: Any) -> bool:
+        """Do now what the coming step would otherwise begin with, once a `period`; returns whether
+        there was anything. (A price tells it from the steps so.)"""
+        return False
+
     def plots(self) -> dict[str, Callable[[Path], None]]:
         """`{file name: a function that draws it to a path}`, for the output folder."""
         return {}

@@ -185,12 +185,21 @@ class GreenTrainer(GradientOptimizer):
                 "step(lambda: loss_fn(model, batch))."
             )
         self.clean = True
-        if self._is_due():
-            if not self.history:
-                self.cost = None  # of an attempt that failed
-            self._reselect(closure, batch)
+        self.renew(closure, batch)
         with self._only(self.history[-1].mask):
             return super().step(closure, batch)
+
+    def renew(self, closure: Callable[..., Tensor], batch: Any) -> bool:
+        """See `Optimizer.renew`: a selection, and the moments of what is new in it."""
+        if not self._is_due():
+            return False
+        if not self.history:
+            self.cost = None  # of an attempt that failed
+        self._reselect(closure, batch)
+        for parameter, chosen in zip(self.candidates, self.history[-1].mask, strict=True):
+            if chosen:
+                self._state_of(parameter)
+        return True
 
     def probe(self, closure: Callable[..., Tensor], batch: Any) -> int:
         """With the selection that the first step begins with."""
@@ -212,8 +221,11 @@ class GreenTrainer(GradientOptimizer):
         return self.history[-1].mask
 
     def _is_due(self) -> bool:
-        is_time = not self.fixed and self.steps % self.options.reselect == 0
-        return is_time and (self.steps == 0 or 2 * self._left >= self.options.reselect)
+        if self.fixed or self.steps % self.options.reselect:
+            return False
+        if self.history and self.history[-1].step == self.steps:
+            return False  # the step that it is for is yet to be taken
+        return self.steps == 0 or 2 * self._left >= self.options.reselect
 
     @property
     def _left(self) -> float:
