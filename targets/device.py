@@ -113,9 +113,12 @@ class Rows:
         begin = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(ids)))
         begin, ids = begin + len(head), self._ended(head + ids)
         excess = max(len(ids) - most, 0)  # the prompt loses its start
-        if excess > begin - max(len(head), 1):
+        if excess and excess > begin - max(len(head), 1):
             raise SystemExit(f"Row {line}: its completion does not fit into {most} tokens.")
-        return [(ids[: len(head)] + ids[len(head) + excess :], max(begin - excess, 1))]
+        ids, begin = ids[: len(head)] + ids[len(head) + excess :], max(begin - excess, 1)
+        if begin >= len(ids):
+            raise SystemExit(f"Row {line}: its completion gives no token that can be predicted.")
+        return [(ids, begin)]
 
     def _ended(self, ids: list[int]) -> list[int]:
         eos = self.job["eos"]

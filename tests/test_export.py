@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -201,7 +202,14 @@ def test_an_update_that_is_another(tmp_path, tiny_tokenizer, monkeypatch, capsys
     assert "the loss of step 1 is" in capsys.readouterr().err and not out.exists()
 
 
-@pytest.mark.parametrize("rows", [ROWS, [{"text": "It was a great film."}, {"text": "A bore."}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        [{"text": "It was a great film."}, {"text": "A bore."}],
+        [{"prompt": "", "completion": "It was great"}, *ROWS],  # all of it is to be learnt
+    ],
+)
 def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path):
     from tokenizers import Tokenizer
 
@@ -226,6 +234,22 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
     for (ids, begin), item in zip(found, wanted, strict=True):
         assert ids == item.rows[0].tolist()
         assert ids[begin:] == [t for t in item.labels[0].tolist() if t != -100]
+
+
+def test_a_completion_without_a_token_to_predict(tiny_tokenizer):
+    """Of one token, with nothing before it and no EOS behind it; the engine refuses it, too."""
+    from tinyft.data import Example, Examples, encode
+    from tinyft.targets.device import Rows
+
+    job = {"kind": "lm", "head": [], "tail": [], "eos": [], "max_length": 10, "pad_id": 2}
+    rows = [{"prompt": "", "completion": " great"}]
+    said = "gives no token that can be predicted"
+    with pytest.raises(SystemExit, match=said):
+        Rows(rows, tiny_tokenizer.backend_tokenizer, job | {"batch_size": 2, "seed": 7})
+    plain = deepcopy(tiny_tokenizer)
+    plain.eos_token = None
+    with pytest.raises(InputError, match=said):
+        encode(Examples([Example(1, "completion", **rows[0])]), plain, max_length=10)
 
 
 def test_what_no_graph_knows_is_refused(tmp_path, capsys):
