@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,38 @@ GROUP = 50  # batches that are cut from one group of examples, sorted by length
 _TYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "I8": np.int8}
 
 
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Rows of a JSONL file, each with its line, from 1."""
+    # Split as bytes: str.splitlines would also split at U+2028, which JSON allows inside strings.
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if text.strip():
+                    yield line, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise SystemExit(f"{path}, line {line} is not JSON in UTF-8: {error}.") from None
+
+
 class Rows:
     """Examples in tokens, and batches of them in an order that depends on seed and step alone.
 
     Args:
-        rows: as read from JSONL.
+        rows: lines and what they hold, as `read_rows` gives them; none is kept.
         tokenizer: from `tokenizer.json`.
         job: what the export wrote to `job.json`.
     """
 
-    def __init__(self, rows: list, tokenizer: Tokenizer, job: dict) -> None:
+    def __init__(self, rows: Iterable[tuple[int, dict]], tokenizer: Tokenizer, job: dict) -> None:
         self.job, self.tokenizer = job, tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.items = [item for i, row in enumerate(rows, 1) for item in self._encoded(row, i)]
+        # A list of Python's integers is nine times the array.
+        self.items = [
+            (np.array(ids, np.int32), label)
+            for line, row in rows
+            for ids, label in self._encoded(row, line)
+        ]
         if not self.items:
             raise SystemExit("There is no example in the data.")
         self.epoch, self.plan = 0, self._planned(0)
@@ -82,7 +101,7 @@ class Rows:
             ids[r, : len(row)], mask[r, : len(row)] = row, 1
             if self.job["kind"] == "lm":
                 position += range(r * width + begin - 1, r * width + len(row) - 1)
-                target += row[begin:]
+                target += row[begin:].tolist()
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.job["kind"] == "class":
             return inputs | {"answers": np.array([answer for _, answer in items])}
@@ -106,7 +125,7 @@ class Rows:
             prompt, ids = self._ids(row["prompt"]), self._ids(row["prompt"] + completion)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise SystemExit(
-                f"Row {line} has no usable {error}: give prompt and completion, text, or prompt, "
+                f"Line {line} has no usable {error}: give prompt and completion, text, or prompt, "
                 f"choices and answer."
             ) from None
         pairs = enumerate(zip(prompt, ids, strict=False))
@@ -114,10 +133,10 @@ class Rows:
         begin, ids = begin + len(head), self._ended(head + ids)
         excess = max(len(ids) - most, 0)  # the prompt loses its start
         if excess and excess > begin - max(len(head), 1):
-            raise SystemExit(f"Row {line}: its completion does not fit into {most} tokens.")
+            raise SystemExit(f"Line {line}: its completion does not fit into {most} tokens.")
         ids, begin = ids[: len(head)] + ids[len(head) + excess :], max(begin - excess, 1)
         if begin >= len(ids):
-            raise SystemExit(f"Row {line}: its completion gives no token that can be predicted.")
+            raise SystemExit(f"Line {line}: its completion gives no token that can be predicted.")
         return [(ids, begin)]
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -432,8 +451,8 @@ def main() -> None:
     runtime = json.loads((folder / "job.json").read_text())["runtime"]
     made = Artefacts if runtime == "onnxruntime-training" else Job
     job = made(folder, arguments.threads)
-    rows = [json.loads(line) for line in arguments.data.read_text().splitlines() if line.strip()]
-    batches = Rows(rows, Tokenizer.from_file(str(folder / "tokenizer.json")), job.job)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    batches = Rows(read_rows(arguments.data), tokenizer, job.job)
     job.resume()
     for step in range(job.steps, arguments.steps):
         lr = np.float32(learning_rate(step, arguments.steps, job.job))

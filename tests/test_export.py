@@ -208,22 +208,24 @@ def test_an_update_that_is_another(tmp_path, tiny_tokenizer, monkeypatch, capsys
         ROWS,
         [{"text": "It was a great film."}, {"text": "A bore."}],
         [{"prompt": "", "completion": "It was great"}, *ROWS],  # all of it is to be learnt
+        [{"prompt": "A\u2028B\x85", "completion": " b\u2029o"}, *ROWS],
     ],
 )
 def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path):
     from tokenizers import Tokenizer
 
     from tinyft.data import Batches, encode, read_examples
-    from tinyft.targets.device import Rows
+    from tinyft.targets.device import Rows, read_rows
     from tinyft.targets.gate import wide
     from tinyft.targets.graphs import batch_inputs
 
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "rows.jsonl"  # as a Windows editor saves it
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    path.write_bytes(lines.encode("utf-8-sig"))
     tiny_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     job = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
     job |= {"batch_size": 2, "seed": 7}
-    batches = Rows(rows, Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
+    batches = Rows(read_rows(path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
     encoded = encode(read_examples(path), tiny_tokenizer, max_length=10)
     found, wanted = batches.items, encoded.items
     engine = Batches(encoded, 2, seed=7, pad_id=2)
@@ -232,8 +234,8 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
         assert all(np.array_equal(got[name], tensor) for name, tensor in want.items())
     assert len(found) == len(wanted)
     for (ids, begin), item in zip(found, wanted, strict=True):
-        assert ids == item.rows[0].tolist()
-        assert ids[begin:] == [t for t in item.labels[0].tolist() if t != -100]
+        assert ids.dtype == np.int32 and ids.tolist() == item.rows[0].tolist()
+        assert ids[begin:].tolist() == [t for t in item.labels[0].tolist() if t != -100]
 
 
 def test_a_completion_without_a_token_to_predict(tiny_tokenizer):
@@ -245,11 +247,21 @@ def test_a_completion_without_a_token_to_predict(tiny_tokenizer):
     rows = [{"prompt": "", "completion": " great"}]
     said = "gives no token that can be predicted"
     with pytest.raises(SystemExit, match=said):
-        Rows(rows, tiny_tokenizer.backend_tokenizer, job | {"batch_size": 2, "seed": 7})
+        Rows(enumerate(rows, 1), tiny_tokenizer.backend_tokenizer, job | {"batch_size": 2, "seed": 7})
     plain = deepcopy(tiny_tokenizer)
     plain.eos_token = None
     with pytest.raises(InputError, match=said):
         encode(Examples([Example(1, "completion", **rows[0])]), plain, max_length=10)
+
+
+@pytest.mark.parametrize("wrong", [b'{"text": "a"', b'{"text": "\xe9"}', b"[" * 100_000])
+def test_the_device_names_a_line_that_is_no_json(wrong, tmp_path):
+    from tinyft.targets.device import read_rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + wrong)
+    with pytest.raises(SystemExit, match="line 3 is not JSON in UTF-8"):
+        list(read_rows(path))
 
 
 def test_what_no_graph_knows_is_refused(tmp_path, capsys):
