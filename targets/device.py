@@ -74,7 +74,7 @@ class Rows:
     def _planned(self, epoch: int) -> list[np.ndarray]:
         """Indices of the examples of each batch: shuffled, of like length (`tinyft.batches`)."""
         n, size = len(self.items), self.job["batch_size"]
-        lengths = np.array([len(ids) for ids, _ in self.items])
+        lengths = np.array([len(ids) for ids, _ in self.items], np.int64)
         bits = np.random.MT19937(np.random.SeedSequence([self.job["seed"], epoch]))
         random = np.random.RandomState(bits)
         order = random.permutation(n)
@@ -104,8 +104,10 @@ class Rows:
                 target += row[begin:].tolist()
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.job["kind"] == "class":
-            return inputs | {"answers": np.array([answer for _, answer in items])}
-        return inputs | {"position": np.array(position), "target": np.array(target)}
+            answers = np.array([answer for _, answer in items], np.int64)
+            return {**inputs, "answers": answers}
+        lists = {"position": position, "target": target}
+        return {**inputs, **{name: np.array(found, np.int64) for name, found in lists.items()}}
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -128,7 +130,7 @@ class Rows:
                 f"Line {line} has no usable {error}: give prompt and completion, text, or prompt, "
                 f"choices and answer."
             ) from None
-        pairs = enumerate(zip(prompt, ids, strict=False))
+        pairs = enumerate(zip(prompt, ids))
         begin = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(ids)))
         begin, ids = begin + len(head), self._ended(head + ids)
         excess = max(len(ids) - most, 0)  # the prompt loses its start
@@ -260,7 +262,7 @@ class Graph:
         found = (
             self.binding.get_outputs()[-len(self.outputs) :] if self.outputs else []
         )  # bound last
-        return {name: value.numpy() for name, value in zip(self.outputs, found, strict=True)}
+        return {name: value.numpy() for name, value in zip(self.outputs, found)}
 
 
 class Job:
@@ -303,7 +305,7 @@ class Job:
         )
         loss, g = np.float32((plus + minus) / 2), np.float32((plus - minus) / (2 * eps))
         _check(loss, self.steps)
-        self.replay(np.array([[lr, g]]))
+        self.replay(np.array([[lr, g]], np.float32))
         return {"loss": loss, "projected_gradient": g}
 
     def log(self, lr: float, found: dict[str, np.ndarray]) -> None:
@@ -328,13 +330,13 @@ class Job:
             self.replay(np.frombuffer(data, "<f4").reshape(-1, 2))
         elif checkpoint.exists():
             steps = {"steps": np.zeros((), np.int64)}
-            read_tensors(checkpoint, self.state | steps)
+            read_tensors(checkpoint, {**self.state, **steps})
             self.steps = int(steps["steps"])
 
     def save(self) -> None:
         """State and steps, for `resume`; in zeroth order the log holds both."""
         if not self.zeroth:
-            state = {**self.state, "steps": np.array(self.steps)}
+            state = {**self.state, "steps": np.array(self.steps, np.int64)}
             write_tensors(self.folder / "checkpoint.safetensors", state)
 
     def trained(self) -> dict[str, np.ndarray]:

@@ -1,10 +1,12 @@
 """From `tinyft export` to the device and back."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,9 @@ ROWS = [
     {"prompt": f"Film {i}: it was", "completion": f" {w}"}
     for i, w in enumerate(["great", "terrible", "a bore", "great and a bore"] * 3)
 ]
+# What the device reads of job.json to make batches, for the tiny tokenizer.
+JOB = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
+JOB |= {"batch_size": 2, "seed": 7}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes wants 64
 # On a device nothing of this exists.
 FORBID = (
@@ -223,9 +228,7 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
     lines = "\n".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     path.write_bytes(lines.encode("utf-8-sig"))
     tiny_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    job = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
-    job |= {"batch_size": 2, "seed": 7}
-    batches = Rows(read_rows(path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
+    batches = Rows(read_rows(path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")), JOB)
     encoded = encode(read_examples(path), tiny_tokenizer, max_length=10)
     found, wanted = batches.items, encoded.items
     engine = Batches(encoded, 2, seed=7, pad_id=2)
@@ -243,15 +246,27 @@ def test_a_completion_without_a_token_to_predict(tiny_tokenizer):
     from tinyft.data import Example, Examples, encode
     from tinyft.targets.device import Rows
 
-    job = {"kind": "lm", "head": [], "tail": [], "eos": [], "max_length": 10, "pad_id": 2}
     rows = [{"prompt": "", "completion": " great"}]
     said = "gives no token that can be predicted"
     with pytest.raises(SystemExit, match=said):
-        Rows(enumerate(rows, 1), tiny_tokenizer.backend_tokenizer, job | {"batch_size": 2, "seed": 7})
+        Rows(enumerate(rows, 1), tiny_tokenizer.backend_tokenizer, {**JOB, "eos": []})
     plain = deepcopy(tiny_tokenizer)
     plain.eos_token = None
     with pytest.raises(InputError, match=said):
         encode(Examples([Example(1, "completion", **rows[0])]), plain, max_length=10)
+
+
+def test_the_device_script_is_for_python_3_8_and_numpy_1():
+    """Which on Windows makes int32 of Python's integers."""
+    from tinyft.targets import device
+
+    tree = ast.parse(Path(device.__file__).read_text(), feature_version=(3, 8))
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.BitOr), "dicts joined by |"
+        if isinstance(node, ast.Call):
+            assert all(word.arg != "strict" for word in node.keywords)
+            if ast.unparse(node.func) == "np.array":
+                assert len(node.args) + len(node.keywords) == 2, ast.unparse(node)
 
 
 @pytest.mark.parametrize("wrong", [b'{"text": "a"', b'{"text": "\xe9"}', b"[" * 100_000])
