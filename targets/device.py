@@ -1,7 +1,8 @@
 """Fine-tune on this device: `python train.py --data train.jsonl --steps 100`.
 
 Stands beside the graphs that `tinyft export` wrote, and needs onnxruntime, numpy and tokenizers,
-nothing else. Reads rows of {"prompt", "completion"}, {"text"}, or {"prompt", "choices", "answer"}.
+nothing else. Reads rows of {"prompt", "choices", "answer"}, {"prompt", "completion"}, {"text"}, or
+{"instruction", "input"?, "output"}; answers count from 0, and what is null counts as absent.
 Run it again after it was stopped, in whatever way: it goes on where it was. The result is
 `trained.safetensors`; `tinyft import` makes a model of it.
 """
@@ -13,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import re
 import struct
 import sys
 import types
@@ -114,31 +116,33 @@ class Rows:
 
     def _encoded(self, row: dict, line: int) -> list[tuple[list[int], int]]:
         """`(ids, first labelled)`, or `(ids, class)`."""
-        head, tail, most = self.job["head"], self.job["tail"], self.job["max_length"]
         try:
-            if self.job["kind"] == "class":
-                room = most - len(head) - len(tail)
-                return [(head + self._ids(row["prompt"])[:room] + tail, _answer(row))]
-            if "text" in row:
-                ids = self._ended(head + self._ids(row["text"]))
-                starts = range(0, len(ids) - 1, most - 1)
-                return [(ids[start : start + most], 1) for start in starts]
-            completion = row["choices"][_answer(row)] if "choices" in row else row["completion"]
-            prompt, ids = self._ids(row["prompt"]), self._ids(row["prompt"] + completion)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise SystemExit(
-                f"Line {line} has no usable {error}: give prompt and completion, text, or prompt, "
-                f"choices and answer."
-            ) from None
-        pairs = enumerate(zip(prompt, ids))
-        begin = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(ids)))
+            return self._read(row)
+        except ValueError as error:
+            raise SystemExit(f"Line {line}: {error}.") from None
+
+    def _read(self, row: dict) -> list[tuple[list[int], int]]:
+        head, tail, most = self.job["head"], self.job["tail"], self.job["max_length"]
+        kind, prompt, continuation, answer = fields(row, self.job)
+        if self.job["kind"] == "class":
+            room = most - len(head) - len(tail)
+            return [(head + self._ids(prompt)[:room] + tail, answer)]
+        if kind == "text":
+            ids = self._ended(head + self._ids(continuation))
+            if len(ids) < 2:
+                raise ValueError("the text is a single token: nothing can be predicted")
+            starts = range(0, len(ids) - 1, most - 1)
+            return [(ids[start : start + most], 1) for start in starts]
+        alone, ids = self._ids(prompt), self._ids(prompt + continuation)
+        pairs = enumerate(zip(alone, ids))
+        begin = next((i for i, (a, b) in pairs if a != b), min(len(alone), len(ids)))
         begin, ids = begin + len(head), self._ended(head + ids)
         excess = max(len(ids) - most, 0)  # the prompt loses its start
         if excess and excess > begin - max(len(head), 1):
-            raise SystemExit(f"Line {line}: its completion does not fit into {most} tokens.")
+            raise ValueError(f"its completion does not fit into {most} tokens")
         ids, begin = ids[: len(head)] + ids[len(head) + excess :], max(begin - excess, 1)
         if begin >= len(ids):
-            raise SystemExit(f"Line {line}: its completion gives no token that can be predicted.")
+            raise ValueError("its completion gives no token that can be predicted")
         return [(ids, begin)]
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -146,9 +150,60 @@ class Rows:
         return ids if ids[-1:] == eos else ids + eos
 
 
-def _answer(row: dict) -> int:
-    answer = row["answer"]
-    return answer if isinstance(answer, int) else row["choices"].index(answer)
+def fields(row: dict, job: dict) -> tuple[str, str, str, int]:
+    """ "choices", "completion" or "text"; the prompt, what follows it, and the answer, else -1.
+
+    Formats are told apart as by `tinyft train`: datasets often carry a text beside their fields.
+
+    Raises:
+        ValueError: a row that cannot be used.
+    """
+    row = {} if not isinstance(row, dict) else {k: v for k, v in row.items() if v is not None}
+    if "messages" in row or "conversations" in row:
+        raise ValueError("conversations are not read on a device: give prompt and completion")
+    if {"prompt", "choices", "answer"} <= row.keys():
+        answer, choices = _answer(row, job["classes"])
+        return "choices", _text(row, "prompt"), choices[answer], answer
+    if job["kind"] == "class":
+        raise ValueError(f"found fields {', '.join(row)}, and classes need prompt, choices, answer")
+    if {"prompt", "completion"} <= row.keys():
+        prompt = _text(row, "prompt", may_be_empty=True)
+        return "completion", prompt, _text(row, "completion"), -1
+    if {"instruction", "output"} <= row.keys():
+        given = _text(row, "input", may_be_empty=True) if "input" in row else ""
+        template = job["alpaca"][bool(given)]
+        prompt = template.format(instruction=_text(row, "instruction"), input=given)
+        return "completion", prompt, _text(row, "output"), -1
+    if "text" in row:
+        return "text", "", _text(row, "text"), -1
+    raise ValueError(
+        f"found fields {', '.join(row)}; give prompt, choices and answer, prompt and completion, "
+        f"instruction and output, or text"
+    )
+
+
+def _text(row: dict, name: str, may_be_empty: bool = False) -> str:
+    value = row[name]
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+        raise ValueError(f"{name} is {value!r:.40}, not text")
+    value.encode()  # half of a surrogate pair, which JSON can spell, is an error here
+    return value
+
+
+def _answer(row: dict, classes: list[str]) -> tuple[int, list[str]]:
+    """The index of the right choice, and the choices, which must be the classes, if there are."""
+    choices, answer = row["choices"], row["answer"]
+    choices = json.loads(choices) if isinstance(choices, str) else choices
+    if not isinstance(choices, list) or len(set(map(str, choices))) < max(len(choices), 2):
+        raise ValueError(f"choices are {choices!r:.40}, not two or more different texts")
+    choices = [_text({"a choice": choice}, "a choice") for choice in choices]
+    if classes and [choice.strip() for choice in choices] != classes:
+        raise ValueError(f"choices {choices} are not the classes of the export, {classes}")
+    if isinstance(answer, str) and re.fullmatch(r"\s*-?\d+\s*", answer):
+        answer = int(answer)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer is {answer!r:.40}, not an index of the choices from 0")
+    return answer, choices
 
 
 def _entries(path: Path) -> dict[str, tuple[int, type, list[int]]]:

@@ -25,6 +25,7 @@ from tinyft.checkpoint import write_directory_atomic
 from tinyft.config import TrainConfig
 from tinyft.data import Batches, encode, pad_id
 from tinyft.errors import InputError
+from tinyft.examples import alpaca_prompt
 from tinyft.inputs import read_source
 from tinyft.losses import check_head, objective
 from tinyft.models import Loaded, kind_of, load, save_model
@@ -43,6 +44,7 @@ class Job:
     Attributes:
         names: of the trainable parameters, in the optimizer's order.
         packed: names of the frozen tensors in 8 or 4 bits.
+        classes: an encoder's, in the order of its outputs.
         loss: the objective, `(model, batch) -> losses`.
     """
 
@@ -51,6 +53,7 @@ class Job:
     optimizer: Any
     names: list[str]
     packed: list[str]
+    classes: tuple[str, ...]
     batches: Batches
     loss: Any
 
@@ -115,6 +118,9 @@ def collect(folder: Path, output: Path) -> None:
     recipe = dict(made["recipe"])
     loaded = load(recipe.pop("base"), **recipe)
     config = TrainConfig.build(made["config"])
+    if made["classes"]:
+        loaded.model.config.id2label = dict(enumerate(made["classes"]))
+        loaded.model.config.label2id = {name: i for i, name in enumerate(made["classes"])}
     if config.trainable == "lora":
         _inject(loaded.model, config)
     with torch.no_grad():
@@ -170,6 +176,12 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
 
 def _prepared(config: TrainConfig) -> Job:
     examples, _ = read_source(config.data, None, config.skip_bad_rows)
+    for example in examples.items:
+        if example.kind == "messages":
+            raise InputError(
+                f"{examples.source}: {examples.unit} {example.line} is a conversation, and devices "
+                f"have no chat templates: give prompt and completion."
+            )
     encoder = kind_of(config.model) == "encoder"
     classes = len(examples.items[0].choices) or None if encoder else None
     # Devices compute in float32 on the CPU, whatever the weights were stored in.
@@ -211,7 +223,7 @@ def _prepared(config: TrainConfig) -> Job:
     if config.method == "green_trainer":
         mask = optimizer.select(lambda part: loss(loaded.model, part), gate.wide(batches[0]))
         names = [name for name, chosen in zip(optimizer.names, mask, strict=True) if chosen]
-    return Job(config, loaded, optimizer, names, packed, batches, loss)
+    return Job(config, loaded, optimizer, names, packed, encoded.labels, batches, loss)
 
 
 def _inject(model: nn.Module, config: TrainConfig) -> None:
@@ -265,6 +277,8 @@ def _settings(job: Job, moments: list[str]) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in wanted},
         "kind": "class" if job.loaded.kind == "encoder" else "lm",
+        "classes": job.classes,
+        "alpaca": [alpaca_prompt("{instruction}", given) for given in ("", "{input}")],
         "head": whole[:at],
         "tail": whole[at + len(body) :],
         "eos": [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],

@@ -25,7 +25,7 @@ ROWS = [
 ]
 # What the device reads of job.json to make batches, for the tiny tokenizer.
 JOB = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
-JOB |= {"batch_size": 2, "seed": 7}
+JOB |= {"batch_size": 2, "seed": 7, "classes": []}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes wants 64
 # On a device nothing of this exists.
 FORBID = (
@@ -213,6 +213,16 @@ def test_an_update_that_is_another(tmp_path, tiny_tokenizer, monkeypatch, capsys
         ROWS,
         [{"text": "It was a great film."}, {"text": "A bore."}],
         [{"prompt": "", "completion": "It was great"}, *ROWS],  # all of it is to be learnt
+        [  # the fields of one format among another's, and nulls
+            {"instruction": "Add.", "input": "1 {x}", "output": " 2", "text": "rendered"},
+            {"instruction": "Say it.", "input": None, "output": "a bore"},
+            {"prompt": "It was", "completion": " great", "text": "another"},
+            {"prompt": "It was", "choices": None, "text": "A bore."},
+        ],
+        [  # answers are indices, as a CSV spells them, too
+            {"prompt": "One is", "choices": ["1", "2", "3"], "answer": "1", "completion": "a"},
+            {"prompt": "It was", "choices": '[" great", " a bore"]', "answer": 1},
+        ],
         [{"prompt": "A\u2028B\x85", "completion": " b\u2029o"}, *ROWS],
     ],
 )
@@ -220,6 +230,7 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
     from tokenizers import Tokenizer
 
     from tinyft.data import Batches, encode, read_examples
+    from tinyft.examples import alpaca_prompt
     from tinyft.targets.device import Rows, read_rows
     from tinyft.targets.gate import wide
     from tinyft.targets.graphs import batch_inputs
@@ -228,8 +239,9 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
     lines = "\n".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     path.write_bytes(lines.encode("utf-8-sig"))
     tiny_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    batches = Rows(read_rows(path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")), JOB)
-    encoded = encode(read_examples(path), tiny_tokenizer, max_length=10)
+    job = {**JOB, "alpaca": [alpaca_prompt("{instruction}", given) for given in ("", "{input}")]}
+    batches = Rows(read_rows(path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
+    encoded = encode(read_examples(path), tiny_tokenizer, max_length=10, objective="lm")
     found, wanted = batches.items, encoded.items
     engine = Batches(encoded, 2, seed=7, pad_id=2)
     for step in (0, 1, len(engine), 2 * len(engine) - 1):  # two epochs
@@ -239,6 +251,73 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
     for (ids, begin), item in zip(found, wanted, strict=True):
         assert ids.dtype == np.int32 and ids.tolist() == item.rows[0].tolist()
         assert ids[begin:].tolist() == [t for t in item.labels[0].tolist() if t != -100]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "It was", "choices": ["pos", "neg"], "answer": 0},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": -1},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": 2},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": True},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": "pos"},
+        {"prompt": " ", "choices": ["neg", "pos"], "answer": 1},
+        {"prompt": "It was", "choices": "neg", "answer": 1},
+        {"prompt": "It was", "completion": " neg"},
+    ],
+)
+def test_the_device_has_the_classes_of_the_export(row, tiny_tokenizer, tmp_path):
+    from tinyft.data import encode, read_examples
+    from tinyft.targets.device import Rows
+
+    right = {"prompt": "It was a bore", "choices": [" neg", "pos"], "answer": "1"}
+    job = {**JOB, "kind": "class", "head": [1], "tail": [2], "classes": ["neg", "pos"]}
+
+    def on_device(*rows):
+        return Rows(enumerate(rows, 1), tiny_tokenizer.backend_tokenizer, job)
+
+    ((ids, answer),) = on_device(right).items
+    assert (ids[0], ids[-1], answer) == (1, 2, 1)
+    with pytest.raises(SystemExit, match="Line 2: "):
+        on_device(right, row)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(right) + "\n" + json.dumps(row))
+    with pytest.raises(InputError):
+        encode(read_examples(path), tiny_tokenizer, max_length=10, encoder=True)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"prompt": "a", "completion": " "}, {"text": ""}, {"text": 3}, {"text": "\ud800"}),
+        *({"prompt": None, "completion": "a"}, [1], {}),
+        *({"prompt": "a", "choices": ["b"], "answer": 0}, {"instruction": "", "output": "a"}),
+    ],
+)
+def test_rows_that_the_engine_refuses_are_refused_on_the_device(row, tiny_tokenizer, tmp_path):
+    from tinyft.data import read_examples
+    from tinyft.targets.device import Rows
+
+    job = {**JOB, "alpaca": ["{instruction}", "{instruction} {input}"]}
+    with pytest.raises(SystemExit, match="Line 7: "):
+        Rows([(7, row)], tiny_tokenizer.backend_tokenizer, job)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError):
+        read_examples(path)
+
+
+def test_conversations_are_refused(tiny_tokenizer, tmp_path, capsys):
+    from tinyft.targets.device import Rows
+
+    row = {"messages": [{"role": "assistant", "content": "a"}], "text": "rendered"}
+    with pytest.raises(SystemExit, match="Line 1: conversations are not read"):
+        Rows([(1, row)], tiny_tokenizer.backend_tokenizer, JOB)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row))
+    words = ["export", "--model", "m", "--data", str(data), "--method", "lora", "--target"]
+    assert main([*words, "raspberry-pi-5", "--output", str(tmp_path / "out")]) == 2
+    assert "line 1 is a conversation" in capsys.readouterr().err
 
 
 def test_a_completion_without_a_token_to_predict(tiny_tokenizer):
