@@ -26,6 +26,9 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 NEXT = "/next"
+# What exports were checked on. Others, where an installation has them, round more: CUDA's TF32,
+# CoreML's float16.
+PROVIDERS = ["CPUExecutionProvider"]
 GROUP = 50  # batches that are cut from one group of examples, sorted by length
 _TYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "I8": np.int8}
 
@@ -151,7 +154,7 @@ class Rows:
 
 
 def fields(row: dict, job: dict) -> tuple[str, str, str, int]:
-    """ "choices", "completion" or "text"; the prompt, what follows it, and the answer, else -1.
+    """Kind ("choices", "completion" or "text"), prompt, what follows it, and answer (else -1).
 
     Formats are told apart as by `tinyft train`: datasets often carry a text beside their fields.
 
@@ -271,13 +274,12 @@ def options(threads: int = 0) -> onnxruntime.SessionOptions:
 
 
 def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A graph, ready to run.
+    """A graph, ready to run on the CPU.
 
     Args:
         threads: 0 for the runtime's choice.
     """
-    providers = onnxruntime.get_available_providers()
-    return onnxruntime.InferenceSession(path, options(threads), providers=providers)
+    return onnxruntime.InferenceSession(path, options(threads), providers=PROVIDERS)
 
 
 class Graph:
@@ -418,12 +420,11 @@ class Artefacts:
 
     def _load(self, checkpoint: Path) -> None:
         self.state = self.api.CheckpointState.load_checkpoint(str(checkpoint))
-        cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.model = self.api.Module(
             str(self.folder / "training_model.onnx"),
             self.state,
             str(self.folder / "eval_model.onnx"),
-            device="cuda" if cuda else "cpu",
+            device="cpu",
             session_options=self.options,
         )
         path = str(self.folder / "optimizer_model.onnx")

@@ -329,7 +329,7 @@ def optimised(path: Path) -> onnx.GraphProto:
     try:
         options = device.onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(result)
-        device.onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        device.onnxruntime.InferenceSession(path, options, providers=device.PROVIDERS)
         return onnx.load(result).graph
     finally:
         for left in path.parent.glob("optimised.onnx*"):

@@ -348,6 +348,30 @@ def test_the_device_script_is_for_python_3_8_and_numpy_1():
                 assert len(node.args) + len(node.keywords) == 2, ast.unparse(node)
 
 
+def test_devices_train_on_the_cpu(tmp_path, monkeypatch):
+    """Whatever else the runtime knows: nothing else was checked."""
+    from types import SimpleNamespace
+
+    from tinyft.targets import device
+
+    asked = {}
+    known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(device.onnxruntime, "get_available_providers", lambda: known)
+    monkeypatch.setattr(device.onnxruntime, "InferenceSession", lambda *a, **how: asked.update(how))
+    device.session(tmp_path / "step.onnx")
+    assert asked == {"providers": ["CPUExecutionProvider"]}
+
+    api = SimpleNamespace(
+        CheckpointState=SimpleNamespace(load_checkpoint=lambda path: SimpleNamespace(properties={})),
+        Module=lambda *paths, **how: asked.update(how),
+        Optimizer=lambda *of: None,
+    )
+    monkeypatch.setattr(device, "training_package", lambda name: api)
+    (tmp_path / "job.json").write_text("{}")
+    device.Artefacts(tmp_path)
+    assert asked["device"] == "cpu"
+
+
 @pytest.mark.parametrize("wrong", [b'{"text": "a"', b'{"text": "\xe9"}', b"[" * 100_000])
 def test_the_device_names_a_line_that_is_no_json(wrong, tmp_path):
     from tinyft.targets.device import read_rows
