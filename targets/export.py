@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tinyft import adapters
 from tinyft.checkpoint import write_directory_atomic
-from tinyft.config import TrainConfig
+from tinyft.config import LIMITS, TrainConfig, as_flag
 from tinyft.data import Batches, encode, pad_id
 from tinyft.errors import InputError
 from tinyft.examples import alpaca_prompt
@@ -99,6 +99,8 @@ def export(config: TrainConfig, target: str, training_python: Path | None = None
             parity = ort_training.write(job, work, training_python)
         else:
             parity = gate.check(job, work)
+        if dropout := _dropout(job):
+            parity["dropout_left_out"] = dropout
         (work / "parity.json").write_text(json.dumps(parity, indent=2) + "\n")
     return parity
 
@@ -141,6 +143,8 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
         problems.append(f"--target {target} has no published {runtime}")
     if training_python and config.method == "mezo":
         problems.append("--training-python is for methods with a gradient, and mezo has none")
+    if training_python and config.checkpointing == "full":
+        problems.append("--training-python's graphs recompute nothing: leave --checkpointing out")
     if training_python and config.base_bits < 16:
         problems.append("--training-python has no gradient through --base-bits 8 or 4")
     if training_python and config.optimizer == "sgd" and config.weight_decay:
@@ -168,6 +172,7 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
         "--grad-accumulation": config.grad_accumulation > 1,
         f"--dtype {config.dtype}": not narrow and config.dtype not in ("auto", "float32"),
         f"--objective {config.objective}": config.objective not in ("auto", "lm", "class"),
+        **{as_flag(name): getattr(config, name) for name in LIMITS},
     }
     problems += [f"{flag} is not in the graphs" for flag, given in left_out.items() if given]
     if problems:
@@ -183,6 +188,11 @@ def _prepared(config: TrainConfig) -> Job:
                 f"have no chat templates: give prompt and completion."
             )
     encoder = kind_of(config.model) == "encoder"
+    if not encoder and config.objective == "auto" and any(e.choices for e in examples.items):
+        raise InputError(
+            f"{examples.source} has choices, which `tinyft train` compares under --objective auto. "
+            f"Graphs learn the right one as a completion: give --objective lm for that."
+        )
     classes = len(examples.items[0].choices) or None if encoder else None
     # Devices compute in float32 on the CPU, whatever the weights were stored in.
     loaded = load(
@@ -195,7 +205,6 @@ def _prepared(config: TrainConfig) -> Job:
     if not hasattr(loaded.tokenizer, "backend_tokenizer"):
         raise InputError(f"{config.model} has no tokenizer.json, which a device needs.")
     config = config.with_lr(loaded.model.config)
-    # Choices are learnt as completions: a row's right one.
     kind = "class" if encoder else "lm"
     encoded = encode(
         examples,
@@ -224,6 +233,14 @@ def _prepared(config: TrainConfig) -> Job:
         mask = optimizer.select(lambda part: loss(loaded.model, part), gate.wide(batches[0]))
         names = [name for name, chosen in zip(optimizer.names, mask, strict=True) if chosen]
     return Job(config, loaded, optimizer, names, packed, encoded.labels, batches, loss)
+
+
+def _dropout(job: Job) -> dict[str, float]:
+    """The dropout of the model's own configuration, which the engine trains with."""
+    if job.config.method == "mezo":  # whose evaluations know none
+        return {}
+    found = job.model.config.to_dict().items()
+    return {n: v for n, v in found if "drop" in n and isinstance(v, (int, float)) and v}
 
 
 def _inject(model: nn.Module, config: TrainConfig) -> None:

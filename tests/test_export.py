@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from tinyft.cli import main
+from tinyft.config import TrainConfig
 from tinyft.errors import InputError
 from tinyft.models import load
+from tinyft.targets.export import _prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
 ROWS = [
@@ -31,6 +33,15 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandb
 FORBID = (
     "import sys; sys.modules.update(dict.fromkeys(['torch', 'tinyft', 'onnx', 'transformers']))\n"
 )
+
+
+def prepared(folder, tokenizer, method, family="llama", rows=ROWS, objective="auto", **changes):
+    """What an export shares with its gate, of a tiny model with `changes`; no graph is made."""
+    base = save_tiny_model(folder / "base", family, tokenizer, **changes)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model": str(base), "data": str(data), "method": method, "objective": objective}
+    return _prepared(TrainConfig.build({**values, "output": str(folder / "out")}))
 
 
 def on_device(folder, data, steps, kill_at=None):
@@ -362,7 +373,9 @@ def test_devices_train_on_the_cpu(tmp_path, monkeypatch):
     assert asked == {"providers": ["CPUExecutionProvider"]}
 
     api = SimpleNamespace(
-        CheckpointState=SimpleNamespace(load_checkpoint=lambda path: SimpleNamespace(properties={})),
+        CheckpointState=SimpleNamespace(
+            load_checkpoint=lambda path: SimpleNamespace(properties={})
+        ),
         Module=lambda *paths, **how: asked.update(how),
         Optimizer=lambda *of: None,
     )
@@ -388,10 +401,34 @@ def test_what_no_graph_knows_is_refused(tmp_path, capsys):
     assert main([*words, "--probes", "2"]) == 2
     said = capsys.readouterr().err
     assert "--directions must be one of" in said and "one probe" in said
-    assert main([*words, "--dtype", "float16"]) == 2
-    assert "--dtype float16 is not in the graphs" in capsys.readouterr().err
+    assert main([*words, "--dtype", "float16", "--memory", "1GiB", "--energy", "1Wh"]) == 2
+    said = capsys.readouterr().err
+    for flag in ("--dtype float16", "--memory", "--energy"):
+        assert f"{flag} is not in the graphs" in said
     assert main([*words, "--training-python", "python"]) == 2
     said = capsys.readouterr().err
     assert (
         "raspberry-pi-5 has no published onnxruntime-training" in said and "mezo has none" in said
     )
+    words[words.index("mezo")] = "lora"
+    words = words[: words.index("--directions")]
+    assert main([*words, "--training-python", "python", "--checkpointing", "full"]) == 2
+    assert "leave --checkpointing out" in capsys.readouterr().err
+
+
+def test_choices_are_learnt_as_completions_where_that_is_asked_for(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "It was", "choices": [" a bore", " great"], "answer": 1}]
+    with pytest.raises(InputError, match="give --objective lm"):
+        prepared(tmp_path, tiny_tokenizer, "lora", rows=rows)
+    job = prepared(tmp_path, tiny_tokenizer, "lora", rows=rows, objective="lm")
+    (item,) = job.batches.items
+    labels = [t for t in item.labels[0].tolist() if t != -100]
+    assert tiny_tokenizer.decode(labels) == " great<|im_end|>"
+
+
+@pytest.mark.parametrize("method", ["full", "mezo"])
+def test_the_models_own_dropout_is_told(method, tmp_path, tiny_tokenizer):
+    from tinyft.targets.export import _dropout
+
+    job = prepared(tmp_path, tiny_tokenizer, method, "opt", dropout=0.25, attention_dropout=0.0)
+    assert _dropout(job) == ({"dropout": 0.25} if method == "full" else {})

@@ -313,9 +313,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(parity))
     else:
+        dropout = " without the model's dropout" if "dropout_left_out" in parity else ""
         print(
-            f"{parity['steps']} steps as torch's, losses to {parity['loss_error']:.1e}. On the "
-            f"device: python {config.output}/train.py --data FILE --steps N"
+            f"{parity['steps']} steps as torch's{dropout}, losses to {parity['loss_error']:.1e}. On "
+            f"the device: python {config.output}/train.py --data FILE --steps N"
         )
     return 0
 
