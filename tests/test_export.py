@@ -416,6 +416,27 @@ def test_what_no_graph_knows_is_refused(tmp_path, capsys):
     assert "leave --checkpointing out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["inference", "inference-int8", "packed"])
+def test_forms_that_take_a_model_alone_refuse_other_flags(form, tmp_path, capsys):
+    (tmp_path / "packed.json").write_text("{}")
+    (tmp_path / "run.yaml").write_text(f"model: {tmp_path}\nbase_bits: 4\n")
+    words = ["export", "--format", form, "--config", str(tmp_path / "run.yaml"), "--dtype"]
+    assert main([*words, "float16", "--target", "rtx-3060", "--outptu", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "--output is missing" in said and "--model is missing" not in said
+    for flag in ("--base-bits", "--dtype", "--outptu", "--target"):
+        assert f"{flag} is nothing to " in said
+
+
+def test_a_packed_copy_takes_its_model_from_yaml(tmp_path, capsys):
+    (tmp_path / "packed.json").write_text("{}")
+    lines = f"model: {tmp_path}\noutput: {tmp_path / 'out'}\n"
+    (tmp_path / "run.yaml").write_text(lines)
+    assert main(["export", "--format", "packed", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert (tmp_path / "out" / "packed.json").read_text() == "{}"
+    assert f"packed {tmp_path} into {tmp_path / 'out'}" in capsys.readouterr().out
+
+
 def test_choices_are_learnt_as_completions_where_that_is_asked_for(tmp_path, tiny_tokenizer):
     rows = [{"prompt": "It was", "choices": [" a bore", " great"], "answer": 1}]
     with pytest.raises(InputError, match="give --objective lm"):
