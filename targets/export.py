@@ -17,11 +17,12 @@ from typing import Any
 
 import onnx_ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinyft import adapters
-from tinyft.checkpoint import write_directory_atomic
+from tinyft.checkpoint import new_folder, write_directory_atomic
 from tinyft.config import LIMITS, TrainConfig, as_flag
 from tinyft.data import Batches, encode, pad_id
 from tinyft.errors import InputError
@@ -33,6 +34,7 @@ from tinyft.optim import METHODS
 from tinyft.targets import device, gate, graphs, ort_training, packed_base
 from tinyft.targets.profiles import profile
 from tinyft.targets.zeroth_graph import FAMILIES, Plan, zeroth_forward, zeroth_update
+from tinyft.zeroth.seed_log import fingerprint
 
 METHODS_WITH_GRAPHS = ("mezo", "lora", "full", "green_trainer")
 
@@ -44,6 +46,7 @@ class Job:
     Attributes:
         names: of the trainable parameters, in the optimizer's order.
         packed: names of the frozen tensors in 8 or 4 bits.
+        base: the bits of the model as it was loaded.
         classes: an encoder's, in the order of its outputs.
         loss: the objective, `(model, batch) -> losses`.
     """
@@ -53,6 +56,7 @@ class Job:
     optimizer: Any
     names: list[str]
     packed: list[str]
+    base: str
     classes: tuple[str, ...]
     batches: Batches
     loss: Any
@@ -109,16 +113,32 @@ def collect(folder: Path, output: Path) -> None:
     """Make a model folder (LoRA: an adapter) of what a device trained in an export's folder.
 
     Raises:
-        InputError: nothing was trained there, or `output` is not empty.
+        InputError: nothing was trained there, or other tensors than were exported, or on another
+            base than is there now; or `output` is not empty.
     """
-    trained = folder / "trained.safetensors"
+    output, trained = new_folder(output), folder / "trained.safetensors"
     if not trained.is_file() or not (folder / "job.json").is_file():
         raise InputError(f"{folder} holds no trained.safetensors: run its train.py first.")
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"--output {output} is not empty: name a new folder.")
+    try:
+        tensors = load_file(trained)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{trained} cannot be read: {error}. Copy it again.") from error
     made = json.loads((folder / "job.json").read_text())
+    if "base" not in made:
+        raise InputError(f"{folder} was made by an earlier version of TinyFT, which can import it.")
+    for name in sorted({*tensors, *made["trainable"]}):
+        found = list(tensors[name].shape) if name in tensors else "missing"
+        if found != (wanted := made["trainable"].get(name, "nothing")):
+            raise InputError(
+                f"{trained} is not of this export: {name} is {found}, and {wanted} was exported."
+            )
     recipe = dict(made["recipe"])
     loaded = load(recipe.pop("base"), **recipe)
+    if _bits(loaded.model) != made["base"]:
+        raise InputError(
+            f"{loaded.ref} is no longer the model that was exported to {folder}: its weights are "
+            f"others. Put that one back, or export and train again."
+        )
     config = TrainConfig.build(made["config"])
     if made["classes"]:
         loaded.model.config.id2label = dict(enumerate(made["classes"]))
@@ -126,7 +146,7 @@ def collect(folder: Path, output: Path) -> None:
     if config.trainable == "lora":
         _inject(loaded.model, config)
     with torch.no_grad():
-        for name, tensor in load_file(trained).items():
+        for name, tensor in tensors.items():
             loaded.model.get_parameter(name).copy_(tensor)
     if config.trainable == "lora":
         adapters.save_adapter(loaded.model, output, loaded.base_ref)
@@ -202,6 +222,7 @@ def _prepared(config: TrainConfig) -> Job:
         num_labels=classes,
         seed=config.seed,
     )
+    base = _bits(loaded.model)
     if not hasattr(loaded.tokenizer, "backend_tokenizer"):
         raise InputError(f"{config.model} has no tokenizer.json, which a device needs.")
     config = config.with_lr(loaded.model.config)
@@ -232,7 +253,11 @@ def _prepared(config: TrainConfig) -> Job:
     if config.method == "green_trainer":
         mask = optimizer.select(lambda part: loss(loaded.model, part), gate.wide(batches[0]))
         names = [name for name, chosen in zip(optimizer.names, mask, strict=True) if chosen]
-    return Job(config, loaded, optimizer, names, packed, encoded.labels, batches, loss)
+    return Job(config, loaded, optimizer, names, packed, base, encoded.labels, batches, loss)
+
+
+def _bits(model: nn.Module) -> str:
+    return fingerprint(*zip(*model.named_parameters(), strict=True))
 
 
 def _dropout(job: Job) -> dict[str, float]:
@@ -301,6 +326,8 @@ def _settings(job: Job, moments: list[str]) -> dict[str, Any]:
         "eos": [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         "pad_id": pad_id(tokenizer),
         "moments": moments,
+        "base": job.base,
+        "trainable": {name: list(tensor.shape) for name, tensor in job.parameters().items()},
         "recipe": job.loaded.recipe(),
         "config": flat,
     }

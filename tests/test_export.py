@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
 from tinyft.cli import main
 from tinyft.config import TrainConfig
 from tinyft.errors import InputError
-from tinyft.models import load
-from tinyft.targets.export import _prepared
+from tinyft.models import load, save_model
+from tinyft.targets.export import _prepared, _settings, collect
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
 ROWS = [
@@ -35,13 +35,23 @@ FORBID = (
 )
 
 
-def prepared(folder, tokenizer, method, family="llama", rows=ROWS, objective="auto", **changes):
+def prepared(folder, tokenizer, method, family="llama", *, rows=ROWS, fields=None, **changes):
     """What an export shares with its gate, of a tiny model with `changes`; no graph is made."""
     base = save_tiny_model(folder / "base", family, tokenizer, **changes)
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {"model": str(base), "data": str(data), "method": method, "objective": objective}
+    values = {"model": str(base), "data": str(data), "method": method, **(fields or {})}
     return _prepared(TrainConfig.build({**values, "output": str(folder / "out")}))
+
+
+def trained_elsewhere(folder, tokenizer, method, *given, **changes):
+    """A folder as a device leaves it, of what `collect` reads; every number one larger."""
+    job = prepared(folder, tokenizer, method, *given, **changes)
+    out = folder / "out"
+    out.mkdir()
+    (out / "job.json").write_text(json.dumps(_settings(job, [])))
+    save_file({n: t + 1 for n, t in job.parameters().items()}, out / "trained.safetensors")
+    return out
 
 
 def on_device(folder, data, steps, kill_at=None):
@@ -437,11 +447,57 @@ def test_a_packed_copy_takes_its_model_from_yaml(tmp_path, capsys):
     assert f"packed {tmp_path} into {tmp_path / 'out'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("changes", [{"rank": 2, "base_bits": 8}, {"rank": 2, "base_bits": 4}])
+def test_a_packed_base_is_known_again(changes, tmp_path, tiny_tokenizer):
+    out = trained_elsewhere(tmp_path, tiny_tokenizer, "lora", fields=changes, **WIDE)
+    collect(out, tmp_path / "back")
+    assert (tmp_path / "back" / "adapter_model.safetensors").exists()
+
+
+def test_a_classifier_comes_back_with_its_classes(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "It was", "choices": [" bad", " good"], "answer": i} for i in (0, 1)]
+    out = trained_elsewhere(tmp_path, tiny_tokenizer, "full", "bert", rows=rows)
+    collect(out, tmp_path / "back")
+    model = load(tmp_path / "back").model
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    for name, tensor in load_file(out / "trained.safetensors").items():
+        assert torch.equal(model.get_parameter(name).detach(), tensor)
+
+
+def test_import_takes_what_was_exported_alone(tmp_path, tiny_tokenizer):
+    out = trained_elsewhere(tmp_path, tiny_tokenizer, "lora", fields={"rank": 2})
+    path, back = out / "trained.safetensors", tmp_path / "back"
+    whole, data = load_file(path), path.read_bytes()
+    first = min(whole)
+    others = [
+        ({n: t for n, t in whole.items() if n != first}, f"{first} is missing"),
+        ({**whole, "model.norm.weight": torch.ones(32)}, "nothing was exported"),
+        ({**whole, first: torch.ones(1)}, rf"{first} is \[1\]"),
+    ]
+    for tensors, said in others:
+        save_file(tensors, path)
+        with pytest.raises(InputError, match=said):
+            collect(out, back)
+    path.write_bytes(data[:-4])
+    with pytest.raises(InputError, match=r"trained.safetensors cannot be read"):
+        collect(out, back)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="is not empty"):
+        collect(out, path)
+    base = load(tmp_path / "base")  # another run's result takes its place
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[3, 5] += 1
+    save_model(base.model, base.tokenizer, tmp_path / "base")
+    with pytest.raises(InputError, match="is no longer the model that was exported"):
+        collect(out, back)
+    assert not back.exists()
+
+
 def test_choices_are_learnt_as_completions_where_that_is_asked_for(tmp_path, tiny_tokenizer):
     rows = [{"prompt": "It was", "choices": [" a bore", " great"], "answer": 1}]
     with pytest.raises(InputError, match="give --objective lm"):
         prepared(tmp_path, tiny_tokenizer, "lora", rows=rows)
-    job = prepared(tmp_path, tiny_tokenizer, "lora", rows=rows, objective="lm")
+    job = prepared(tmp_path, tiny_tokenizer, "lora", rows=rows, fields={"objective": "lm"})
     (item,) = job.batches.items
     labels = [t for t in item.labels[0].tolist() if t != -100]
     assert tiny_tokenizer.decode(labels) == " great<|im_end|>"
