@@ -505,6 +505,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (20)")
     parser.add_argument("--threads", type=int, default=0, help="default: the runtime's choice")
     arguments = parser.parse_args()
+    if arguments.save_every < 1:
+        parser.error(f"--save-every {arguments.save_every} must be at least 1")
     folder = Path(__file__).resolve().parent
     runtime = json.loads((folder / "job.json").read_text())["runtime"]
     made = Artefacts if runtime == "onnxruntime-training" else Job

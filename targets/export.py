@@ -208,6 +208,11 @@ def _prepared(config: TrainConfig) -> Job:
                 f"have no chat templates: give prompt and completion."
             )
     encoder = kind_of(config.model) == "encoder"
+    if encoder and config.dtype == "float16":
+        raise InputError(
+            f"--dtype float16 is that of a causal model's embeddings and head, and {config.model} "
+            f"is an encoder: leave it out."
+        )
     if not encoder and config.objective == "auto" and any(e.choices for e in examples.items):
         raise InputError(
             f"{examples.source} has choices, which `tinyft train` compares under --objective auto. "

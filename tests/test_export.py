@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -491,6 +492,55 @@ def test_import_takes_what_was_exported_alone(tmp_path, tiny_tokenizer):
     with pytest.raises(InputError, match="is no longer the model that was exported"):
         collect(out, back)
     assert not back.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", "x", "--output", "y"],
+        ["export", "--format", "inference", "--model", "x", "--output", "y"],
+        [
+            *("export", "--target", "raspberry-pi-5", "--model", "x", "--output", "y"),
+            *("--data", "d", "--method", "lora"),
+        ],
+    ],
+)
+def test_without_the_extra(words, monkeypatch, capsys):
+    for name in ("export", "inference"):  # imported before
+        monkeypatch.delitem(sys.modules, f"tinyft.targets.{name}", raising=False)
+    for name in ("onnx", "onnx_ir"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(words) == 2
+    assert re.search(r"This needs onnx(_ir)?: pip install", capsys.readouterr().err)
+
+
+def test_an_encoder_has_no_ends_to_narrow(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "It was", "choices": [" bad", " good"], "answer": i} for i in (0, 1)]
+    fields = {"trainable": "lora", "base_bits": 4, "dtype": "float16"}
+    with pytest.raises(InputError, match="is an encoder: leave it out"):
+        prepared(tmp_path, tiny_tokenizer, "mezo", "bert", rows=rows, fields=fields)
+
+
+def test_weights_that_do_not_move():
+    from types import SimpleNamespace
+
+    from tinyft.targets.gate import compare_movement
+
+    start = {"w": np.ones(3, np.float32)}
+    job = SimpleNamespace(parameters=lambda: {"w": torch.ones(3)})
+    assert compare_movement(job, start, start) == 0
+    with pytest.raises(InputError, match="took the weights elsewhere"):
+        compare_movement(job, start, {"w": np.float32([1, 1, 2])})
+
+
+def test_saving_every_0_steps(monkeypatch, capsys):
+    from tinyft.targets import device
+
+    words = ["train.py", "--data", "d", "--steps", "1", "--save-every", "0"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        device.main()
+    assert "--save-every 0 must be at least 1" in capsys.readouterr().err
 
 
 def test_choices_are_learnt_as_completions_where_that_is_asked_for(tmp_path, tiny_tokenizer):

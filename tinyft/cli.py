@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -305,10 +306,8 @@ def _export(arguments: argparse.Namespace) -> int:
             "--target is missing: a device of `tinyft targets`, or --format packed for none."
         )
     config = _train_config(arguments)
-    try:
+    with _extra_of_export():
         from tinyft.targets.export import export
-    except ModuleNotFoundError as error:
-        raise InputError(f"export needs {error.name}: pip install 'tinyft[export]'.") from error
     parity = export(config, arguments.target, arguments.training_python)
     if arguments.json:
         print(json.dumps(parity))
@@ -319,6 +318,15 @@ def _export(arguments: argparse.Namespace) -> int:
             f"On the device: python {config.output}/train.py --data FILE --steps N"
         )
     return 0
+
+
+@contextmanager
+def _extra_of_export() -> Iterator[None]:
+    """Around an import: what only an extra installs may be missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"This needs {error.name}: pip install 'tinyft[export]'.") from error
 
 
 def _model_and_output(arguments: argparse.Namespace, what: str) -> tuple[str, Path]:
@@ -338,7 +346,8 @@ def _model_and_output(arguments: argparse.Namespace, what: str) -> tuple[str, Pa
 
 def _export_inference(arguments: argparse.Namespace) -> int:
     model, output = _model_and_output(arguments, f"--format {arguments.format}")
-    from tinyft.targets.inference import export_inference
+    with _extra_of_export():
+        from tinyft.targets.inference import export_inference
 
     found = export_inference(model, output, int8=arguments.format == "inference-int8")
     if arguments.json:
@@ -379,7 +388,8 @@ def _fill_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from tinyft.targets.export import collect
+    with _extra_of_export():
+        from tinyft.targets.export import collect
 
     collect(arguments.source, arguments.output)
     print(f"made {arguments.output} of what was trained in {arguments.source}")
