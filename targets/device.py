@@ -1,7 +1,8 @@
 """Fine-tune on this device: `python train.py --data train.jsonl --steps 100`.
 
 Stands beside the graphs that `tinyft export` wrote, and needs onnxruntime, numpy and tokenizers,
-nothing else. Reads rows of {"prompt", "completion"}, {"text"}, or {"prompt", "choices", "answer"}.
+nothing else. Reads rows of {"prompt", "choices", "answer"}, {"prompt", "completion"}, {"text"}, or
+{"instruction", "input"?, "output"}; answers count from 0, and what is null counts as absent.
 Run it again after it was stopped, in whatever way: it goes on where it was. The result is
 `trained.safetensors`; `tinyft import` makes a model of it.
 """
@@ -13,9 +14,11 @@ import importlib
 import json
 import math
 import os
+import re
 import struct
 import sys
 import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +26,45 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 NEXT = "/next"
+# What exports were checked on. Others, where an installation has them, round more: CUDA's TF32,
+# CoreML's float16.
+PROVIDERS = ["CPUExecutionProvider"]
 GROUP = 50  # batches that are cut from one group of examples, sorted by length
 _TYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "I8": np.int8}
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Rows of a JSONL file, each with its line, from 1."""
+    # Split as bytes: str.splitlines would also split at U+2028, which JSON allows inside strings.
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if text.strip():
+                    yield line, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise SystemExit(f"{path}, line {line} is not JSON in UTF-8: {error}.") from None
 
 
 class Rows:
     """Examples in tokens, and batches of them in an order that depends on seed and step alone.
 
     Args:
-        rows: as read from JSONL.
+        rows: lines and what they hold, as `read_rows` gives them; none is kept.
         tokenizer: from `tokenizer.json`.
         job: what the export wrote to `job.json`.
     """
 
-    def __init__(self, rows: list, tokenizer: Tokenizer, job: dict) -> None:
+    def __init__(self, rows: Iterable[tuple[int, dict]], tokenizer: Tokenizer, job: dict) -> None:
         self.job, self.tokenizer = job, tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.items = [item for i, row in enumerate(rows, 1) for item in self._encoded(row, i)]
+        # A list of Python's integers is nine times the array.
+        self.items = [
+            (np.array(ids, np.int32), label)
+            for line, row in rows
+            for ids, label in self._encoded(row, line)
+        ]
         if not self.items:
             raise SystemExit("There is no example in the data.")
         self.epoch, self.plan = 0, self._planned(0)
@@ -55,7 +79,7 @@ class Rows:
     def _planned(self, epoch: int) -> list[np.ndarray]:
         """Indices of the examples of each batch: shuffled, of like length (`tinyft.batches`)."""
         n, size = len(self.items), self.job["batch_size"]
-        lengths = np.array([len(ids) for ids, _ in self.items])
+        lengths = np.array([len(ids) for ids, _ in self.items], np.int64)
         bits = np.random.MT19937(np.random.SeedSequence([self.job["seed"], epoch]))
         random = np.random.RandomState(bits)
         order = random.permutation(n)
@@ -82,49 +106,107 @@ class Rows:
             ids[r, : len(row)], mask[r, : len(row)] = row, 1
             if self.job["kind"] == "lm":
                 position += range(r * width + begin - 1, r * width + len(row) - 1)
-                target += row[begin:]
+                target += row[begin:].tolist()
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.job["kind"] == "class":
-            return inputs | {"answers": np.array([answer for _, answer in items])}
-        return inputs | {"position": np.array(position), "target": np.array(target)}
+            answers = np.array([answer for _, answer in items], np.int64)
+            return {**inputs, "answers": answers}
+        lists = {"position": position, "target": target}
+        return {**inputs, **{name: np.array(found, np.int64) for name, found in lists.items()}}
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encoded(self, row: dict, line: int) -> list[tuple[list[int], int]]:
         """`(ids, first labelled)`, or `(ids, class)`."""
-        head, tail, most = self.job["head"], self.job["tail"], self.job["max_length"]
         try:
-            if self.job["kind"] == "class":
-                room = most - len(head) - len(tail)
-                return [(head + self._ids(row["prompt"])[:room] + tail, _answer(row))]
-            if "text" in row:
-                ids = self._ended(head + self._ids(row["text"]))
-                starts = range(0, len(ids) - 1, most - 1)
-                return [(ids[start : start + most], 1) for start in starts]
-            completion = row["choices"][_answer(row)] if "choices" in row else row["completion"]
-            prompt, ids = self._ids(row["prompt"]), self._ids(row["prompt"] + completion)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise SystemExit(
-                f"Row {line} has no usable {error}: give prompt and completion, text, or prompt, "
-                f"choices and answer."
-            ) from None
-        pairs = enumerate(zip(prompt, ids, strict=False))
-        begin = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(ids)))
+            return self._read(row)
+        except ValueError as error:
+            raise SystemExit(f"Line {line}: {error}.") from None
+
+    def _read(self, row: dict) -> list[tuple[list[int], int]]:
+        head, tail, most = self.job["head"], self.job["tail"], self.job["max_length"]
+        kind, prompt, continuation, answer = fields(row, self.job)
+        if self.job["kind"] == "class":
+            room = most - len(head) - len(tail)
+            return [(head + self._ids(prompt)[:room] + tail, answer)]
+        if kind == "text":
+            ids = self._ended(head + self._ids(continuation))
+            if len(ids) < 2:
+                raise ValueError("the text is a single token: nothing can be predicted")
+            starts = range(0, len(ids) - 1, most - 1)
+            return [(ids[start : start + most], 1) for start in starts]
+        alone, ids = self._ids(prompt), self._ids(prompt + continuation)
+        pairs = enumerate(zip(alone, ids))
+        begin = next((i for i, (a, b) in pairs if a != b), min(len(alone), len(ids)))
         begin, ids = begin + len(head), self._ended(head + ids)
         excess = max(len(ids) - most, 0)  # the prompt loses its start
-        if excess > begin - max(len(head), 1):
-            raise SystemExit(f"Row {line}: its completion does not fit into {most} tokens.")
-        return [(ids[: len(head)] + ids[len(head) + excess :], max(begin - excess, 1))]
+        if excess and excess > begin - max(len(head), 1):
+            raise ValueError(f"its completion does not fit into {most} tokens")
+        ids, begin = ids[: len(head)] + ids[len(head) + excess :], max(begin - excess, 1)
+        if begin >= len(ids):
+            raise ValueError("its completion gives no token that can be predicted")
+        return [(ids, begin)]
 
     def _ended(self, ids: list[int]) -> list[int]:
         eos = self.job["eos"]
         return ids if ids[-1:] == eos else ids + eos
 
 
-def _answer(row: dict) -> int:
-    answer = row["answer"]
-    return answer if isinstance(answer, int) else row["choices"].index(answer)
+def fields(row: dict, job: dict) -> tuple[str, str, str, int]:
+    """Kind ("choices", "completion" or "text"), prompt, what follows it, and answer (else -1).
+
+    Formats are told apart as by `tinyft train`: datasets often carry a text beside their fields.
+
+    Raises:
+        ValueError: a row that cannot be used.
+    """
+    row = {} if not isinstance(row, dict) else {k: v for k, v in row.items() if v is not None}
+    if "messages" in row or "conversations" in row:
+        raise ValueError("conversations are not read on a device: give prompt and completion")
+    if {"prompt", "choices", "answer"} <= row.keys():
+        answer, choices = _answer(row, job["classes"])
+        return "choices", _text(row, "prompt"), choices[answer], answer
+    if job["kind"] == "class":
+        raise ValueError(f"found fields {', '.join(row)}, and classes need prompt, choices, answer")
+    if {"prompt", "completion"} <= row.keys():
+        prompt = _text(row, "prompt", may_be_empty=True)
+        return "completion", prompt, _text(row, "completion"), -1
+    if {"instruction", "output"} <= row.keys():
+        given = _text(row, "input", may_be_empty=True) if "input" in row else ""
+        template = job["alpaca"][bool(given)]
+        prompt = template.format(instruction=_text(row, "instruction"), input=given)
+        return "completion", prompt, _text(row, "output"), -1
+    if "text" in row:
+        return "text", "", _text(row, "text"), -1
+    raise ValueError(
+        f"found fields {', '.join(row)}; give prompt, choices and answer, prompt and completion, "
+        f"instruction and output, or text"
+    )
+
+
+def _text(row: dict, name: str, may_be_empty: bool = False) -> str:
+    value = row[name]
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+        raise ValueError(f"{name} is {value!r:.40}, not text")
+    value.encode()  # half of a surrogate pair, which JSON can spell, is an error here
+    return value
+
+
+def _answer(row: dict, classes: list[str]) -> tuple[int, list[str]]:
+    """The index of the right choice, and the choices, which must be the classes, if there are."""
+    choices, answer = row["choices"], row["answer"]
+    choices = json.loads(choices) if isinstance(choices, str) else choices
+    if not isinstance(choices, list) or len(set(map(str, choices))) < max(len(choices), 2):
+        raise ValueError(f"choices are {choices!r:.40}, not two or more different texts")
+    choices = [_text({"a choice": choice}, "a choice") for choice in choices]
+    if classes and [choice.strip() for choice in choices] != classes:
+        raise ValueError(f"choices {choices} are not the classes of the export, {classes}")
+    if isinstance(answer, str) and re.fullmatch(r"\s*-?\d+\s*", answer):
+        answer = int(answer)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer is {answer!r:.40}, not an index of the choices from 0")
+    return answer, choices
 
 
 def _entries(path: Path) -> dict[str, tuple[int, type, list[int]]]:
@@ -192,13 +274,12 @@ def options(threads: int = 0) -> onnxruntime.SessionOptions:
 
 
 def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A graph, ready to run.
+    """A graph, ready to run on the CPU.
 
     Args:
         threads: 0 for the runtime's choice.
     """
-    providers = onnxruntime.get_available_providers()
-    return onnxruntime.InferenceSession(path, options(threads), providers=providers)
+    return onnxruntime.InferenceSession(path, options(threads), providers=PROVIDERS)
 
 
 class Graph:
@@ -238,7 +319,7 @@ class Graph:
         found = (
             self.binding.get_outputs()[-len(self.outputs) :] if self.outputs else []
         )  # bound last
-        return {name: value.numpy() for name, value in zip(self.outputs, found, strict=True)}
+        return {name: value.numpy() for name, value in zip(self.outputs, found)}
 
 
 class Job:
@@ -281,7 +362,7 @@ class Job:
         )
         loss, g = np.float32((plus + minus) / 2), np.float32((plus - minus) / (2 * eps))
         _check(loss, self.steps)
-        self.replay(np.array([[lr, g]]))
+        self.replay(np.array([[lr, g]], np.float32))
         return {"loss": loss, "projected_gradient": g}
 
     def log(self, lr: float, found: dict[str, np.ndarray]) -> None:
@@ -306,13 +387,13 @@ class Job:
             self.replay(np.frombuffer(data, "<f4").reshape(-1, 2))
         elif checkpoint.exists():
             steps = {"steps": np.zeros((), np.int64)}
-            read_tensors(checkpoint, self.state | steps)
+            read_tensors(checkpoint, {**self.state, **steps})
             self.steps = int(steps["steps"])
 
     def save(self) -> None:
         """State and steps, for `resume`; in zeroth order the log holds both."""
         if not self.zeroth:
-            state = {**self.state, "steps": np.array(self.steps)}
+            state = {**self.state, "steps": np.array(self.steps, np.int64)}
             write_tensors(self.folder / "checkpoint.safetensors", state)
 
     def trained(self) -> dict[str, np.ndarray]:
@@ -339,12 +420,11 @@ class Artefacts:
 
     def _load(self, checkpoint: Path) -> None:
         self.state = self.api.CheckpointState.load_checkpoint(str(checkpoint))
-        cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.model = self.api.Module(
             str(self.folder / "training_model.onnx"),
             self.state,
             str(self.folder / "eval_model.onnx"),
-            device="cuda" if cuda else "cpu",
+            device="cpu",
             session_options=self.options,
         )
         path = str(self.folder / "optimizer_model.onnx")
@@ -425,12 +505,14 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (20)")
     parser.add_argument("--threads", type=int, default=0, help="default: the runtime's choice")
     arguments = parser.parse_args()
+    if arguments.save_every < 1:
+        parser.error(f"--save-every {arguments.save_every} must be at least 1")
     folder = Path(__file__).resolve().parent
     runtime = json.loads((folder / "job.json").read_text())["runtime"]
     made = Artefacts if runtime == "onnxruntime-training" else Job
     job = made(folder, arguments.threads)
-    rows = [json.loads(line) for line in arguments.data.read_text().splitlines() if line.strip()]
-    batches = Rows(rows, Tokenizer.from_file(str(folder / "tokenizer.json")), job.job)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    batches = Rows(read_rows(arguments.data), tokenizer, job.job)
     job.resume()
     for step in range(job.steps, arguments.steps):
         lr = np.float32(learning_rate(step, arguments.steps, job.job))

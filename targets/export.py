@@ -17,14 +17,16 @@ from typing import Any
 
 import onnx_ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinyft import adapters
-from tinyft.checkpoint import write_directory_atomic
-from tinyft.config import TrainConfig
+from tinyft.checkpoint import new_folder, write_directory_atomic
+from tinyft.config import LIMITS, TrainConfig, as_flag
 from tinyft.data import Batches, encode, pad_id
 from tinyft.errors import InputError
+from tinyft.examples import alpaca_prompt
 from tinyft.inputs import read_source
 from tinyft.losses import check_head, objective
 from tinyft.models import Loaded, kind_of, load, save_model
@@ -32,6 +34,7 @@ from tinyft.optim import METHODS
 from tinyft.targets import device, gate, graphs, ort_training, packed_base
 from tinyft.targets.profiles import profile
 from tinyft.targets.zeroth_graph import FAMILIES, Plan, zeroth_forward, zeroth_update
+from tinyft.zeroth.seed_log import fingerprint
 
 METHODS_WITH_GRAPHS = ("mezo", "lora", "full", "green_trainer")
 
@@ -43,6 +46,8 @@ class Job:
     Attributes:
         names: of the trainable parameters, in the optimizer's order.
         packed: names of the frozen tensors in 8 or 4 bits.
+        base: the bits of the model as it was loaded.
+        classes: an encoder's, in the order of its outputs.
         loss: the objective, `(model, batch) -> losses`.
     """
 
@@ -51,6 +56,8 @@ class Job:
     optimizer: Any
     names: list[str]
     packed: list[str]
+    base: str
+    classes: tuple[str, ...]
     batches: Batches
     loss: Any
 
@@ -96,6 +103,8 @@ def export(config: TrainConfig, target: str, training_python: Path | None = None
             parity = ort_training.write(job, work, training_python)
         else:
             parity = gate.check(job, work)
+        if dropout := _dropout(job):
+            parity["dropout_left_out"] = dropout
         (work / "parity.json").write_text(json.dumps(parity, indent=2) + "\n")
     return parity
 
@@ -104,21 +113,40 @@ def collect(folder: Path, output: Path) -> None:
     """Make a model folder (LoRA: an adapter) of what a device trained in an export's folder.
 
     Raises:
-        InputError: nothing was trained there, or `output` is not empty.
+        InputError: nothing was trained there, or other tensors than were exported, or on another
+            base than is there now; or `output` is not empty.
     """
-    trained = folder / "trained.safetensors"
+    output, trained = new_folder(output), folder / "trained.safetensors"
     if not trained.is_file() or not (folder / "job.json").is_file():
         raise InputError(f"{folder} holds no trained.safetensors: run its train.py first.")
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"--output {output} is not empty: name a new folder.")
+    try:
+        tensors = load_file(trained)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{trained} cannot be read: {error}. Copy it again.") from error
     made = json.loads((folder / "job.json").read_text())
+    if "base" not in made:
+        raise InputError(f"{folder} was made by an earlier version of TinyFT, which can import it.")
+    for name in sorted({*tensors, *made["trainable"]}):
+        found = list(tensors[name].shape) if name in tensors else "missing"
+        if found != (wanted := made["trainable"].get(name, "nothing")):
+            raise InputError(
+                f"{trained} is not of this export: {name} is {found}, and {wanted} was exported."
+            )
     recipe = dict(made["recipe"])
     loaded = load(recipe.pop("base"), **recipe)
+    if _bits(loaded.model) != made["base"]:
+        raise InputError(
+            f"{loaded.ref} is no longer the model that was exported to {folder}: its weights are "
+            f"others. Put that one back, or export and train again."
+        )
     config = TrainConfig.build(made["config"])
+    if made["classes"]:
+        loaded.model.config.id2label = dict(enumerate(made["classes"]))
+        loaded.model.config.label2id = {name: i for i, name in enumerate(made["classes"])}
     if config.trainable == "lora":
         _inject(loaded.model, config)
     with torch.no_grad():
-        for name, tensor in load_file(trained).items():
+        for name, tensor in tensors.items():
             loaded.model.get_parameter(name).copy_(tensor)
     if config.trainable == "lora":
         adapters.save_adapter(loaded.model, output, loaded.base_ref)
@@ -135,6 +163,8 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
         problems.append(f"--target {target} has no published {runtime}")
     if training_python and config.method == "mezo":
         problems.append("--training-python is for methods with a gradient, and mezo has none")
+    if training_python and config.checkpointing == "full":
+        problems.append("--training-python's graphs recompute nothing: leave --checkpointing out")
     if training_python and config.base_bits < 16:
         problems.append("--training-python has no gradient through --base-bits 8 or 4")
     if training_python and config.optimizer == "sgd" and config.weight_decay:
@@ -162,6 +192,7 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
         "--grad-accumulation": config.grad_accumulation > 1,
         f"--dtype {config.dtype}": not narrow and config.dtype not in ("auto", "float32"),
         f"--objective {config.objective}": config.objective not in ("auto", "lm", "class"),
+        **{as_flag(name): getattr(config, name) for name in LIMITS},
     }
     problems += [f"{flag} is not in the graphs" for flag, given in left_out.items() if given]
     if problems:
@@ -170,7 +201,23 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
 
 def _prepared(config: TrainConfig) -> Job:
     examples, _ = read_source(config.data, None, config.skip_bad_rows)
+    for example in examples.items:
+        if example.kind == "messages":
+            raise InputError(
+                f"{examples.source}: {examples.unit} {example.line} is a conversation, and devices "
+                f"have no chat templates: give prompt and completion."
+            )
     encoder = kind_of(config.model) == "encoder"
+    if encoder and config.dtype == "float16":
+        raise InputError(
+            f"--dtype float16 is that of a causal model's embeddings and head, and {config.model} "
+            f"is an encoder: leave it out."
+        )
+    if not encoder and config.objective == "auto" and any(e.choices for e in examples.items):
+        raise InputError(
+            f"{examples.source} has choices, which `tinyft train` compares under --objective auto. "
+            f"Graphs learn the right one as a completion: give --objective lm for that."
+        )
     classes = len(examples.items[0].choices) or None if encoder else None
     # Devices compute in float32 on the CPU, whatever the weights were stored in.
     loaded = load(
@@ -180,10 +227,10 @@ def _prepared(config: TrainConfig) -> Job:
         num_labels=classes,
         seed=config.seed,
     )
+    base = _bits(loaded.model)
     if not hasattr(loaded.tokenizer, "backend_tokenizer"):
         raise InputError(f"{config.model} has no tokenizer.json, which a device needs.")
     config = config.with_lr(loaded.model.config)
-    # Choices are learnt as completions: a row's right one.
     kind = "class" if encoder else "lm"
     encoded = encode(
         examples,
@@ -211,7 +258,19 @@ def _prepared(config: TrainConfig) -> Job:
     if config.method == "green_trainer":
         mask = optimizer.select(lambda part: loss(loaded.model, part), gate.wide(batches[0]))
         names = [name for name, chosen in zip(optimizer.names, mask, strict=True) if chosen]
-    return Job(config, loaded, optimizer, names, packed, batches, loss)
+    return Job(config, loaded, optimizer, names, packed, base, encoded.labels, batches, loss)
+
+
+def _bits(model: nn.Module) -> str:
+    return fingerprint(*zip(*model.named_parameters(), strict=True))
+
+
+def _dropout(job: Job) -> dict[str, float]:
+    """The dropout of the model's own configuration, which the engine trains with."""
+    if job.config.method == "mezo":  # whose evaluations know none
+        return {}
+    found = job.model.config.to_dict().items()
+    return {n: v for n, v in found if "drop" in n and isinstance(v, (int, float)) and v}
 
 
 def _inject(model: nn.Module, config: TrainConfig) -> None:
@@ -265,11 +324,15 @@ def _settings(job: Job, moments: list[str]) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in wanted},
         "kind": "class" if job.loaded.kind == "encoder" else "lm",
+        "classes": job.classes,
+        "alpaca": [alpaca_prompt("{instruction}", given) for given in ("", "{input}")],
         "head": whole[:at],
         "tail": whole[at + len(body) :],
         "eos": [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         "pad_id": pad_id(tokenizer),
         "moments": moments,
+        "base": job.base,
+        "trainable": {name: list(tensor.shape) for name, tensor in job.parameters().items()},
         "recipe": job.loaded.recipe(),
         "config": flat,
     }

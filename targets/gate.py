@@ -8,6 +8,7 @@ steps against the engine's own optimizer.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -305,7 +306,7 @@ def compare_movement(
     for name, want in job.parameters().items():
         off += float(np.square(found[name] - want.numpy(), dtype=np.float64).sum())
         moved += float(np.square(start[name] - want.numpy(), dtype=np.float64).sum())
-    error = (off / moved) ** 0.5
+    error = (off / max(moved, sys.float_info.min)) ** 0.5  # a rate of 0 moves nothing
     if not error <= _MOVEMENT:
         raise InputError(
             f"The export differs from torch: {STEPS} steps took the weights elsewhere, {error:.2g} "
@@ -329,7 +330,7 @@ def optimised(path: Path) -> onnx.GraphProto:
     try:
         options = device.onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(result)
-        device.onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        device.onnxruntime.InferenceSession(path, options, providers=device.PROVIDERS)
         return onnx.load(result).graph
     finally:
         for left in path.parent.glob("optimised.onnx*"):

@@ -72,7 +72,8 @@ def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, 
         options = device.options()
         # Else some builds round activations to 8 bits, too, for a faster product.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        session = device.onnxruntime.InferenceSession(work / "model.onnx", options)
+        path, providers = work / "model.onnx", device.PROVIDERS
+        session = device.onnxruntime.InferenceSession(path, options, providers=providers)
         feeds = {name: tensor.numpy() for name, tensor in batch.items()}
         got = torch.from_numpy(session.run(None, feeds)[0])
         seen = mask.bool() if got.dim() == 3 else slice(None)

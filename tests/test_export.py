@@ -1,30 +1,58 @@
 """From `tinyft export` to the device and back."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
 from tinyft.cli import main
+from tinyft.config import TrainConfig
 from tinyft.errors import InputError
-from tinyft.models import load
+from tinyft.models import load, save_model
+from tinyft.targets.export import _prepared, _settings, collect
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
 ROWS = [
     {"prompt": f"Film {i}: it was", "completion": f" {w}"}
     for i, w in enumerate(["great", "terrible", "a bore", "great and a bore"] * 3)
 ]
+# What the device reads of job.json to make batches, for the tiny tokenizer.
+JOB = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
+JOB |= {"batch_size": 2, "seed": 7, "classes": []}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes wants 64
 # On a device nothing of this exists.
 FORBID = (
     "import sys; sys.modules.update(dict.fromkeys(['torch', 'tinyft', 'onnx', 'transformers']))\n"
 )
+
+
+def prepared(folder, tokenizer, method, family="llama", *, rows=ROWS, fields=None, **changes):
+    """What an export shares with its gate, of a tiny model with `changes`; no graph is made."""
+    base = save_tiny_model(folder / "base", family, tokenizer, **changes)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model": str(base), "data": str(data), "method": method, **(fields or {})}
+    return _prepared(TrainConfig.build({**values, "output": str(folder / "out")}))
+
+
+def trained_elsewhere(folder, tokenizer, method, *given, **changes):
+    """A folder as a device leaves it, of what `collect` reads; every number one larger."""
+    job = prepared(folder, tokenizer, method, *given, **changes)
+    out = folder / "out"
+    out.mkdir()
+    (out / "job.json").write_text(json.dumps(_settings(job, [])))
+    save_file({n: t + 1 for n, t in job.parameters().items()}, out / "trained.safetensors")
+    return out
 
 
 def on_device(folder, data, steps, kill_at=None):
@@ -201,22 +229,41 @@ def test_an_update_that_is_another(tmp_path, tiny_tokenizer, monkeypatch, capsys
     assert "the loss of step 1 is" in capsys.readouterr().err and not out.exists()
 
 
-@pytest.mark.parametrize("rows", [ROWS, [{"text": "It was a great film."}, {"text": "A bore."}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        [{"text": "It was a great film."}, {"text": "A bore."}],
+        [{"prompt": "", "completion": "It was great"}, *ROWS],  # all of it is to be learnt
+        [  # the fields of one format among another's, and nulls
+            {"instruction": "Add.", "input": "1 {x}", "output": " 2", "text": "rendered"},
+            {"instruction": "Say it.", "input": None, "output": "a bore"},
+            {"prompt": "It was", "completion": " great", "text": "another"},
+            {"prompt": "It was", "choices": None, "text": "A bore."},
+        ],
+        [  # answers are indices, as a CSV spells them, too
+            {"prompt": "One is", "choices": ["1", "2", "3"], "answer": "1", "completion": "a"},
+            {"prompt": "It was", "choices": '[" great", " a bore"]', "answer": 1},
+        ],
+        [{"prompt": "A\u2028B\x85", "completion": " b\u2029o"}, *ROWS],
+    ],
+)
 def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path):
     from tokenizers import Tokenizer
 
     from tinyft.data import Batches, encode, read_examples
-    from tinyft.targets.device import Rows
+    from tinyft.examples import alpaca_prompt
+    from tinyft.targets.device import Rows, read_rows
     from tinyft.targets.gate import wide
     from tinyft.targets.graphs import batch_inputs
 
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "rows.jsonl"  # as a Windows editor saves it
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    path.write_bytes(lines.encode("utf-8-sig"))
     tiny_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    job = {"kind": "lm", "head": [], "tail": [], "eos": [2], "max_length": 10, "pad_id": 2}
-    job |= {"batch_size": 2, "seed": 7}
-    batches = Rows(rows, Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
-    encoded = encode(read_examples(path), tiny_tokenizer, max_length=10)
+    job = {**JOB, "alpaca": [alpaca_prompt("{instruction}", given) for given in ("", "{input}")]}
+    batches = Rows(read_rows(path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")), job)
+    encoded = encode(read_examples(path), tiny_tokenizer, max_length=10, objective="lm")
     found, wanted = batches.items, encoded.items
     engine = Batches(encoded, 2, seed=7, pad_id=2)
     for step in (0, 1, len(engine), 2 * len(engine) - 1):  # two epochs
@@ -224,8 +271,139 @@ def test_the_device_reads_rows_as_the_engine_does(rows, tiny_tokenizer, tmp_path
         assert all(np.array_equal(got[name], tensor) for name, tensor in want.items())
     assert len(found) == len(wanted)
     for (ids, begin), item in zip(found, wanted, strict=True):
-        assert ids == item.rows[0].tolist()
-        assert ids[begin:] == [t for t in item.labels[0].tolist() if t != -100]
+        assert ids.dtype == np.int32 and ids.tolist() == item.rows[0].tolist()
+        assert ids[begin:].tolist() == [t for t in item.labels[0].tolist() if t != -100]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "It was", "choices": ["pos", "neg"], "answer": 0},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": -1},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": 2},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": True},
+        {"prompt": "It was", "choices": ["neg", "pos"], "answer": "pos"},
+        {"prompt": " ", "choices": ["neg", "pos"], "answer": 1},
+        {"prompt": "It was", "choices": "neg", "answer": 1},
+        {"prompt": "It was", "completion": " neg"},
+    ],
+)
+def test_the_device_has_the_classes_of_the_export(row, tiny_tokenizer, tmp_path):
+    from tinyft.data import encode, read_examples
+    from tinyft.targets.device import Rows
+
+    right = {"prompt": "It was a bore", "choices": [" neg", "pos"], "answer": "1"}
+    job = {**JOB, "kind": "class", "head": [1], "tail": [2], "classes": ["neg", "pos"]}
+
+    def on_device(*rows):
+        return Rows(enumerate(rows, 1), tiny_tokenizer.backend_tokenizer, job)
+
+    ((ids, answer),) = on_device(right).items
+    assert (ids[0], ids[-1], answer) == (1, 2, 1)
+    with pytest.raises(SystemExit, match="Line 2: "):
+        on_device(right, row)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(right) + "\n" + json.dumps(row))
+    with pytest.raises(InputError):
+        encode(read_examples(path), tiny_tokenizer, max_length=10, encoder=True)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"prompt": "a", "completion": " "}, {"text": ""}, {"text": 3}, {"text": "\ud800"}),
+        *({"prompt": None, "completion": "a"}, [1], {}),
+        *({"prompt": "a", "choices": ["b"], "answer": 0}, {"instruction": "", "output": "a"}),
+    ],
+)
+def test_rows_that_the_engine_refuses_are_refused_on_the_device(row, tiny_tokenizer, tmp_path):
+    from tinyft.data import read_examples
+    from tinyft.targets.device import Rows
+
+    job = {**JOB, "alpaca": ["{instruction}", "{instruction} {input}"]}
+    with pytest.raises(SystemExit, match="Line 7: "):
+        Rows([(7, row)], tiny_tokenizer.backend_tokenizer, job)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError):
+        read_examples(path)
+
+
+def test_conversations_are_refused(tiny_tokenizer, tmp_path, capsys):
+    from tinyft.targets.device import Rows
+
+    row = {"messages": [{"role": "assistant", "content": "a"}], "text": "rendered"}
+    with pytest.raises(SystemExit, match="Line 1: conversations are not read"):
+        Rows([(1, row)], tiny_tokenizer.backend_tokenizer, JOB)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row))
+    words = ["export", "--model", "m", "--data", str(data), "--method", "lora", "--target"]
+    assert main([*words, "raspberry-pi-5", "--output", str(tmp_path / "out")]) == 2
+    assert "line 1 is a conversation" in capsys.readouterr().err
+
+
+def test_a_completion_without_a_token_to_predict(tiny_tokenizer):
+    """Of one token, with nothing before it and no EOS behind it; the engine refuses it, too."""
+    from tinyft.data import Example, Examples, encode
+    from tinyft.targets.device import Rows
+
+    rows = [{"prompt": "", "completion": " great"}]
+    said = "gives no token that can be predicted"
+    with pytest.raises(SystemExit, match=said):
+        Rows(enumerate(rows, 1), tiny_tokenizer.backend_tokenizer, {**JOB, "eos": []})
+    plain = deepcopy(tiny_tokenizer)
+    plain.eos_token = None
+    with pytest.raises(InputError, match=said):
+        encode(Examples([Example(1, "completion", **rows[0])]), plain, max_length=10)
+
+
+def test_the_device_script_is_for_python_3_8_and_numpy_1():
+    """Which on Windows makes int32 of Python's integers."""
+    from tinyft.targets import device
+
+    tree = ast.parse(Path(device.__file__).read_text(), feature_version=(3, 8))
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.BitOr), "dicts joined by |"
+        if isinstance(node, ast.Call):
+            assert all(word.arg != "strict" for word in node.keywords)
+            if ast.unparse(node.func) == "np.array":
+                assert len(node.args) + len(node.keywords) == 2, ast.unparse(node)
+
+
+def test_devices_train_on_the_cpu(tmp_path, monkeypatch):
+    """Whatever else the runtime knows: nothing else was checked."""
+    from types import SimpleNamespace
+
+    from tinyft.targets import device
+
+    asked = {}
+    known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(device.onnxruntime, "get_available_providers", lambda: known)
+    monkeypatch.setattr(device.onnxruntime, "InferenceSession", lambda *a, **how: asked.update(how))
+    device.session(tmp_path / "step.onnx")
+    assert asked == {"providers": ["CPUExecutionProvider"]}
+
+    api = SimpleNamespace(
+        CheckpointState=SimpleNamespace(
+            load_checkpoint=lambda path: SimpleNamespace(properties={})
+        ),
+        Module=lambda *paths, **how: asked.update(how),
+        Optimizer=lambda *of: None,
+    )
+    monkeypatch.setattr(device, "training_package", lambda name: api)
+    (tmp_path / "job.json").write_text("{}")
+    device.Artefacts(tmp_path)
+    assert asked["device"] == "cpu"
+
+
+@pytest.mark.parametrize("wrong", [b'{"text": "a"', b'{"text": "\xe9"}', b"[" * 100_000])
+def test_the_device_names_a_line_that_is_no_json(wrong, tmp_path):
+    from tinyft.targets.device import read_rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + wrong)
+    with pytest.raises(SystemExit, match="line 3 is not JSON in UTF-8"):
+        list(read_rows(path))
 
 
 def test_what_no_graph_knows_is_refused(tmp_path, capsys):
@@ -234,10 +412,150 @@ def test_what_no_graph_knows_is_refused(tmp_path, capsys):
     assert main([*words, "--probes", "2"]) == 2
     said = capsys.readouterr().err
     assert "--directions must be one of" in said and "one probe" in said
-    assert main([*words, "--dtype", "float16"]) == 2
-    assert "--dtype float16 is not in the graphs" in capsys.readouterr().err
+    assert main([*words, "--dtype", "float16", "--memory", "1GiB", "--energy", "1Wh"]) == 2
+    said = capsys.readouterr().err
+    for flag in ("--dtype float16", "--memory", "--energy"):
+        assert f"{flag} is not in the graphs" in said
     assert main([*words, "--training-python", "python"]) == 2
     said = capsys.readouterr().err
     assert (
         "raspberry-pi-5 has no published onnxruntime-training" in said and "mezo has none" in said
     )
+    words[words.index("mezo")] = "lora"
+    words = words[: words.index("--directions")]
+    assert main([*words, "--training-python", "python", "--checkpointing", "full"]) == 2
+    assert "leave --checkpointing out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["inference", "inference-int8", "packed"])
+def test_forms_that_take_a_model_alone_refuse_other_flags(form, tmp_path, capsys):
+    (tmp_path / "packed.json").write_text("{}")
+    (tmp_path / "run.yaml").write_text(f"model: {tmp_path}\nbase_bits: 4\n")
+    words = ["export", "--format", form, "--config", str(tmp_path / "run.yaml"), "--dtype"]
+    assert main([*words, "float16", "--target", "rtx-3060", "--outptu", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "--output is missing" in said and "--model is missing" not in said
+    for flag in ("--base-bits", "--dtype", "--outptu", "--target"):
+        assert f"{flag} is nothing to " in said
+
+
+def test_a_packed_copy_takes_its_model_from_yaml(tmp_path, capsys):
+    (tmp_path / "packed.json").write_text("{}")
+    lines = f"model: {tmp_path}\noutput: {tmp_path / 'out'}\n"
+    (tmp_path / "run.yaml").write_text(lines)
+    assert main(["export", "--format", "packed", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert (tmp_path / "out" / "packed.json").read_text() == "{}"
+    assert f"packed {tmp_path} into {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"rank": 2, "base_bits": 8}, {"rank": 2, "base_bits": 4}])
+def test_a_packed_base_is_known_again(changes, tmp_path, tiny_tokenizer):
+    out = trained_elsewhere(tmp_path, tiny_tokenizer, "lora", fields=changes, **WIDE)
+    collect(out, tmp_path / "back")
+    assert (tmp_path / "back" / "adapter_model.safetensors").exists()
+
+
+def test_a_classifier_comes_back_with_its_classes(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "It was", "choices": [" bad", " good"], "answer": i} for i in (0, 1)]
+    out = trained_elsewhere(tmp_path, tiny_tokenizer, "full", "bert", rows=rows)
+    collect(out, tmp_path / "back")
+    model = load(tmp_path / "back").model
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    for name, tensor in load_file(out / "trained.safetensors").items():
+        assert torch.equal(model.get_parameter(name).detach(), tensor)
+
+
+def test_import_takes_what_was_exported_alone(tmp_path, tiny_tokenizer):
+    out = trained_elsewhere(tmp_path, tiny_tokenizer, "lora", fields={"rank": 2})
+    path, back = out / "trained.safetensors", tmp_path / "back"
+    whole, data = load_file(path), path.read_bytes()
+    first = min(whole)
+    others = [
+        ({n: t for n, t in whole.items() if n != first}, f"{first} is missing"),
+        ({**whole, "model.norm.weight": torch.ones(32)}, "nothing was exported"),
+        ({**whole, first: torch.ones(1)}, rf"{first} is \[1\]"),
+    ]
+    for tensors, said in others:
+        save_file(tensors, path)
+        with pytest.raises(InputError, match=said):
+            collect(out, back)
+    path.write_bytes(data[:-4])
+    with pytest.raises(InputError, match=r"trained.safetensors cannot be read"):
+        collect(out, back)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="is not empty"):
+        collect(out, path)
+    base = load(tmp_path / "base")  # another run's result takes its place
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[3, 5] += 1
+    save_model(base.model, base.tokenizer, tmp_path / "base")
+    with pytest.raises(InputError, match="is no longer the model that was exported"):
+        collect(out, back)
+    assert not back.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", "x", "--output", "y"],
+        ["export", "--format", "inference", "--model", "x", "--output", "y"],
+        [
+            *("export", "--target", "raspberry-pi-5", "--model", "x", "--output", "y"),
+            *("--data", "d", "--method", "lora"),
+        ],
+    ],
+)
+def test_without_the_extra(words, monkeypatch, capsys):
+    for name in ("export", "inference"):  # imported before
+        monkeypatch.delitem(sys.modules, f"tinyft.targets.{name}", raising=False)
+    for name in ("onnx", "onnx_ir"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(words) == 2
+    assert re.search(r"This needs onnx(_ir)?: pip install", capsys.readouterr().err)
+
+
+def test_an_encoder_has_no_ends_to_narrow(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "It was", "choices": [" bad", " good"], "answer": i} for i in (0, 1)]
+    fields = {"trainable": "lora", "base_bits": 4, "dtype": "float16"}
+    with pytest.raises(InputError, match="is an encoder: leave it out"):
+        prepared(tmp_path, tiny_tokenizer, "mezo", "bert", rows=rows, fields=fields)
+
+
+def test_weights_that_do_not_move():
+    from types import SimpleNamespace
+
+    from tinyft.targets.gate import compare_movement
+
+    start = {"w": np.ones(3, np.float32)}
+    job = SimpleNamespace(parameters=lambda: {"w": torch.ones(3)})
+    assert compare_movement(job, start, start) == 0
+    with pytest.raises(InputError, match="took the weights elsewhere"):
+        compare_movement(job, start, {"w": np.float32([1, 1, 2])})
+
+
+def test_saving_every_0_steps(monkeypatch, capsys):
+    from tinyft.targets import device
+
+    words = ["train.py", "--data", "d", "--steps", "1", "--save-every", "0"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        device.main()
+    assert "--save-every 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_choices_are_learnt_as_completions_where_that_is_asked_for(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "It was", "choices": [" a bore", " great"], "answer": 1}]
+    with pytest.raises(InputError, match="give --objective lm"):
+        prepared(tmp_path, tiny_tokenizer, "lora", rows=rows)
+    job = prepared(tmp_path, tiny_tokenizer, "lora", rows=rows, fields={"objective": "lm"})
+    (item,) = job.batches.items
+    labels = [t for t in item.labels[0].tolist() if t != -100]
+    assert tiny_tokenizer.decode(labels) == " great<|im_end|>"
+
+
+@pytest.mark.parametrize("method", ["full", "mezo"])
+def test_the_models_own_dropout_is_told(method, tmp_path, tiny_tokenizer):
+    from tinyft.targets.export import _dropout
+
+    job = prepared(tmp_path, tiny_tokenizer, method, "opt", dropout=0.25, attention_dropout=0.0)
+    assert _dropout(job) == ({"dropout": 0.25} if method == "full" else {})

@@ -65,6 +65,18 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) ->
     fsync_path(path.parent)
 
 
+def new_folder(output: str | Path | None) -> Path:
+    """`output`, of which nothing is there yet.
+
+    Raises:
+        InputError: it is a file, or holds something.
+    """
+    output = Path(str(output))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {output} is not empty: name a new folder.")
+    return output
+
+
 @contextmanager
 def write_directory_atomic(directory: Path) -> Iterator[Path]:
     """Yield a temporary sibling that becomes `directory` when the block ends without an error.

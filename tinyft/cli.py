@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,11 +153,11 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train_config(arguments: argparse.Namespace) -> Any:
+def _train_config(arguments: argparse.Namespace, **defaults: Any) -> Any:
     from tinyft.config import TrainConfig, as_flag
 
     values, _ = _values(arguments)
-    return TrainConfig.build(values, require=("output",), spell=as_flag)
+    return TrainConfig.build(defaults | values, require=("output",), spell=as_flag)
 
 
 def _values(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -305,34 +306,55 @@ def _export(arguments: argparse.Namespace) -> int:
             "--target is missing: a device of `tinyft targets`, or --format packed for none."
         )
     config = _train_config(arguments)
-    try:
+    with _extra_of_export():
         from tinyft.targets.export import export
-    except ModuleNotFoundError as error:
-        raise InputError(f"export needs {error.name}: pip install 'tinyft[export]'.") from error
     parity = export(config, arguments.target, arguments.training_python)
     if arguments.json:
         print(json.dumps(parity))
     else:
+        dropout = " without the model's dropout" if "dropout_left_out" in parity else ""
         print(
-            f"{parity['steps']} steps as torch's, losses to {parity['loss_error']:.1e}. On the "
-            f"device: python {config.output}/train.py --data FILE --steps N"
+            f"{parity['steps']} steps as torch's{dropout}, losses to {parity['loss_error']:.1e}. "
+            f"On the device: python {config.output}/train.py --data FILE --steps N"
         )
     return 0
 
 
-def _export_inference(arguments: argparse.Namespace) -> int:
-    for name in ("model", "output"):
-        if not hasattr(arguments, name):
-            raise InputError(f"--{name} is missing.")
-    from tinyft.targets.inference import export_inference
+@contextmanager
+def _extra_of_export() -> Iterator[None]:
+    """Around an import: what only an extra installs may be missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"This needs {error.name}: pip install 'tinyft[export]'.") from error
 
-    int8 = arguments.format == "inference-int8"
-    found = export_inference(arguments.model, Path(arguments.output), int8=int8)
+
+def _model_and_output(arguments: argparse.Namespace, what: str) -> tuple[str, Path]:
+    """Of an export that takes nothing else, so that a flag which it would ignore is an error."""
+    from tinyft.config import as_flag
+
+    values, _ = _values(arguments)
+    values |= {name: getattr(arguments, name) for name in ("target", "training_python")}
+    values = {name: value for name, value in values.items() if value is not None}
+    wanted = ("model", "output")
+    problems = [f"{as_flag(name)} is missing" for name in wanted if name not in values]
+    problems += [f"{as_flag(name)} is nothing to {what}" for name in values if name not in wanted]
+    if problems:
+        raise InputError("; ".join(problems) + ". It takes --model and --output alone.")
+    return str(values["model"]), Path(values["output"])
+
+
+def _export_inference(arguments: argparse.Namespace) -> int:
+    model, output = _model_and_output(arguments, f"--format {arguments.format}")
+    with _extra_of_export():
+        from tinyft.targets.inference import export_inference
+
+    found = export_inference(model, output, int8=arguments.format == "inference-int8")
     if arguments.json:
         print(json.dumps(found))
     else:
         print(
-            f"{arguments.output}/model.onnx, {found['bytes'] / 2**20:.1f} MiB: logits as torch's, "
+            f"{output}/model.onnx, {found['bytes'] / 2**20:.1f} MiB: logits as torch's, "
             f"to {found['logit_error']:.1e} of the largest"
             + (", where both round alike" if "flips" in found else "")
         )
@@ -342,19 +364,19 @@ def _export_inference(arguments: argparse.Namespace) -> int:
 def _export_packed(arguments: argparse.Namespace) -> int:
     from tinyft.library import copy_packed, is_packed, pack
 
-    if is_packed(getattr(arguments, "model", "")):
-        if not hasattr(arguments, "output"):
-            raise InputError("--output is missing: the folder to write.")
-        copy_packed(arguments.model, arguments.output)
+    values, _ = _values(arguments)
+    if "model" in values and is_packed(str(values["model"])):
+        model, output = _model_and_output(arguments, "a model that is packed already")
+        copy_packed(model, output)
         sizes = {}
     else:
-        arguments.method = getattr(arguments, "method", "roste")
-        sizes = pack(_train_config(arguments))
+        config = _train_config(arguments, method="roste")
+        model, output, sizes = config.model, config.output, pack(config)
     if arguments.json:
         print(json.dumps(sizes))
     else:
         listed = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in sizes.items())
-        print(f"packed {arguments.model} into {arguments.output}" + (listed and f": {listed}"))
+        print(f"packed {model} into {output}" + (listed and f": {listed}"))
     return 0
 
 
@@ -366,7 +388,8 @@ def _fill_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from tinyft.targets.export import collect
+    with _extra_of_export():
+        from tinyft.targets.export import collect
 
     collect(arguments.source, arguments.output)
     print(f"made {arguments.output} of what was trained in {arguments.source}")

@@ -199,13 +199,18 @@ _ALPACA = (
 )
 
 
-def _alpaca(line: int, row: Row) -> Example:
-    given = _text(row["input"], "input", may_be_empty=True) if "input" in row else ""
-    prompt = _ALPACA.format(
+def alpaca_prompt(instruction: str, given: str) -> str:
+    """That project's prompt for an instruction and its input, which may be ""."""
+    return _ALPACA.format(
         paired=", paired with an input that provides further context" if given else "",
-        instruction=_text(row["instruction"], "instruction"),
+        instruction=instruction,
         input=f"### Input:\n{given}\n\n" if given else "",
     )
+
+
+def _alpaca(line: int, row: Row) -> Example:
+    given = _text(row["input"], "input", may_be_empty=True) if "input" in row else ""
+    prompt = alpaca_prompt(_text(row["instruction"], "instruction"), given)
     return Example(line, "completion", prompt=prompt, completion=_text(row["output"], "output"))
 
 

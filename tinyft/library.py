@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyft.checkpoint import write_directory_atomic
+from tinyft.checkpoint import new_folder, write_directory_atomic
 from tinyft.config import TrainConfig
 from tinyft.errors import InputError
 from tinyft.inputs import pick_device, read_source
@@ -157,7 +157,7 @@ def merge(source: str | Path, output: str | Path, *, dtype: str = "auto") -> Non
     """
     from tinyft.models import load, save_model
 
-    output = _empty(output)
+    output = new_folder(output)
     loaded = load(source, dtype=dtype)
     save_model(loaded.model, loaded.tokenizer, output)
 
@@ -175,7 +175,7 @@ def copy_packed(source: str | Path, output: str | Path) -> None:
     """
     from tinyft.references import locate
 
-    output, source = _empty(output), locate(source).path
+    output, source = new_folder(output), locate(source).path
     wanted = ("packed.*", "*config.json", "tokenizer*", "*.jinja", "special_tokens_map.json")
     files = {path for pattern in wanted for path in source.glob(pattern)}
     with write_directory_atomic(output) as work:
@@ -203,7 +203,7 @@ def pack(config: TrainConfig) -> dict[str, int]:
 
     if config.method != RoSTE.name:
         raise InputError(f"--format packed is for roste, not for {config.method}.")
-    output = _empty(config.output)
+    output = new_folder(config.output)
     examples, _ = read_source(config.data, None, config.skip_bad_rows)
     loaded = load(config.model, dtype=config.dtype, device=pick_device(config.device))
     encoded = encode(
@@ -222,14 +222,6 @@ def pack(config: TrainConfig) -> dict[str, int]:
         for name, draw in optimizer.plots().items():
             draw(work / name)
     return sizes
-
-
-def _empty(output: str | Path | None) -> Path:
-    """`output`, of which nothing is there yet."""
-    output = Path(str(output))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output} is not empty: name a new folder.")
-    return output
 
 
 def as_loaded(model: Any) -> Any:
