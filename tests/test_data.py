@@ -483,6 +483,21 @@ def test_choices_of_several_tokens_are_rows_with_one_context(tiny_tokenizer):
     } == {" film was"}
 
 
+def test_choices_end_where_one_begins_another(tiny_tokenizer):
+    nested = choices(1, options=(" great", " Paris", " great film"))
+    encoded = encode(Examples([nested, choices(2)]), tiny_tokenizer, max_length=64)
+    texts = [
+        [labelled_text(tiny_tokenizer, item, row) for row in range(len(item.rows))]
+        for item in encoded.items
+    ]
+    ended = [" great<|im_end|>", " Paris<|im_end|>", " great film<|im_end|>"]
+    assert texts == [ended, [" terrible", " great"]]
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.eos_token = None
+    (item,) = encode(Examples([nested]), bare, max_length=64).items
+    assert [labelled_text(bare, item, row) for row in range(3)] == list(nested.choices)
+
+
 def test_objectives(tiny_tokenizer):
     rows, text = Examples([choices()]), Example(8, "text", text="a film")
     (item,) = encode(rows, tiny_tokenizer, max_length=64, objective="lm").items
@@ -632,7 +647,8 @@ def test_choice_batches(tiny_tokenizer):
         tiny_tokenizer.decode(ids[labels != -100])
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
     ]
-    assert texts == [" terrible", " great", " terrible", " a", " film great", " film"]
+    ended = [f"{choice}<|im_end|>" for choice in (" a", " film great", " film")]
+    assert texts == [" terrible", " great", " terrible", *ended]
     assert_types(batch)
 
 

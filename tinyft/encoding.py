@@ -7,7 +7,8 @@ token that the prompt alone does not already give it, no completion character go
 leading spaces fall where the tokenizer puts them. It needs no offsets, so any tokenizer will do.
 
 Special tokens. What the tokenizer itself puts before a text (BOS, [CLS]) is put there, and survives
-truncation, since many models break without it; EOS ends completions and texts, if there is an EOS.
+truncation, since many models break without it; EOS ends completions and texts, if there is an EOS,
+and choices one of which begins another.
 
 Chat templates. The loss is on each assistant turn, from the end of the generation prompt to the
 turn's end mark (`chat.py`); its tokens are found as those of completions are.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,8 +98,9 @@ def encode(
 
     Prompts too long lose their beginning, so that completions and choices stay whole; all choices
     of an example lose the same tokens. Texts too long are cut into windows that share one token,
-    so that every token but the first is predicted exactly once. Choices get no EOS: they are
-    compared as continuations.
+    so that every token but the first is predicted exactly once. Choices are compared as
+    continuations, without EOS; but where one of a row's choices begins another (2, 25) all of the
+    row's end in it, since the longer one could never be the likelier.
 
     Args:
         examples: from `read_examples`, or built by hand.
@@ -243,11 +246,14 @@ class _Encoding:
     ) -> list[EncodedExample]:
         if len(set(map(tuple, joint))) < len(joint):
             raise UnusableRow("some choices are the same tokens to this tokenizer")
+        # Sorted, what begins another stands right before one that it begins.
+        nested = any(long[: len(short)] == short for short, long in pairwise(sorted(joint)))
+        end = self.eos if nested else []
         rows = []
         for ids in joint:
             begin = shared(prompt, ids)
-            labels = [NO_LOSS] * (len(self.head) + begin) + ids[begin:]
-            rows.append((len(self.head), self.head + ids, labels))
+            labels = [NO_LOSS] * (len(self.head) + begin) + ids[begin:] + end
+            rows.append((len(self.head), self.head + ids + end, labels))
         return [self._fitted(example, "the longest choice", rows)]
 
     def classify(
