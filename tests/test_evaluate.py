@@ -163,6 +163,19 @@ def test_generation_stops_at_the_end_token(tiny_model_dir):
     assert generate(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=6) == [[]]
 
 
+def test_generation_is_greedy_whatever_the_model_comes_with(tiny_model_dir):
+    loaded = models.load(tiny_model_dir("llama"))
+    ids = loaded.tokenizer(PROMPTS[4])["input_ids"]
+    greedy = list(ids)
+    with torch.no_grad():
+        for _ in range(8):
+            greedy.append(int(loaded.model(torch.tensor([greedy])).logits[0, -1].argmax()))
+    assert 2 not in greedy and len(set(greedy)) < len(greedy)  # penalties would change it
+    loaded.model.generation_config.update(repetition_penalty=1e3, no_repeat_ngram_size=1)
+    found = generate(loaded.model, loaded.tokenizer, [ids], max_new_tokens=8)
+    assert found == [greedy[len(ids) :]]
+
+
 def test_prompts_beyond_the_positions_lose_their_beginning(tiny_model_dir):
     loaded = models.load(tiny_model_dir("gpt2"))  # 128 learnt positions
     long = [5 + i % 90 for i in range(300)]

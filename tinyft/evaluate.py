@@ -157,6 +157,8 @@ def generate(
         temperature=None,
         top_p=None,
         top_k=None,
+        repetition_penalty=1.0,  # None would be the model's own
+        no_repeat_ngram_size=0,
     )
     room = getattr(model.config, "max_position_embeddings", 1 << 30) - max_new_tokens
     if room < 1:
