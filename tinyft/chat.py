@@ -27,12 +27,12 @@ class Rendered:
         text: as the template writes it.
         spans: (begin, end) of each assistant turn that is to be learnt, in characters: from the
             end of the generation prompt to the end of the mark that closes the turn.
-        closed: whether the template closes the last turn with a mark (else it wants an EOS).
+        mark: what the template closes the last turn with; without one, "", it wants an EOS.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    closed: bool
+    mark: str
 
 
 def render(tokenizer: Any, messages: Messages) -> list[Rendered]:
@@ -61,7 +61,7 @@ def render(tokenizer: Any, messages: Messages) -> list[Rendered]:
         raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
     last = turns[-1]
     if all(last.text.startswith(turn.text) for turn in turns):
-        return [Rendered(last.text, tuple(turn.spans[0] for turn in turns), last.closed)]
+        return [Rendered(last.text, tuple(turn.spans[0] for turn in turns), last.mark)]
     return turns
 
 
@@ -83,9 +83,9 @@ def _turn(
         if prompt != text and text.startswith(prompt):
             begin = len(prompt)
     # White space behind an end mark is never generated; without a mark, it is the mark.
-    closed = bool(after.strip())
-    end = len(text.rstrip()) if closed else len(text)
-    return Rendered(text[:end], ((begin, end),), closed)
+    mark = after.strip()
+    end = len(text.rstrip()) if mark else len(text)
+    return Rendered(text[:end], ((begin, end),), mark)
 
 
 def shared(a: Sequence, b: Sequence) -> int:
