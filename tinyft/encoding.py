@@ -277,7 +277,8 @@ class _Encoding:
     def lm_rows(self, example: Example, prompt: list[int], joint: list[list[int]]) -> list[_Row]:
         """As long as they are, each up to the end of a completion, a text or an assistant turn."""
         if example.kind == "messages":
-            return [self._chat(rendered) for rendered in render(self.tokenizer, example.messages)]
+            rendered = render(self.tokenizer, example.messages, example.tools)
+            return [self._chat(conversation) for conversation in rendered]
         (ids,) = joint
         ended = self.head + ids + (self.eos if ids[-1:] != self.eos else [])
         begin = len(self.head) + shared(prompt, ids)
