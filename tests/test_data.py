@@ -26,6 +26,7 @@ from tinyft.data import (
     collate,
     encode,
     pad_id,
+    questions,
     read_examples,
 )
 from tinyft.errors import InputError
@@ -39,6 +40,15 @@ MESSAGES = [
     {"role": "user", "content": "  the actors?\n"},
     {"role": "assistant", "content": "Yes,\n\nthe actors were great. "},
 ]
+CALLING = {
+    "messages": [
+        {"role": "user", "content": "Is the film great?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "film", "arguments": "it"}}]},
+        {"role": "tool", "content": "great"},
+        {"role": "assistant", "content": "yes"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "film", "description": "how a film was"}}],
+}
 
 
 def write(path, rows):
@@ -84,6 +94,15 @@ def labelled_text(tokenizer, item, row=0):
         ),
         ({"messages": MESSAGES}, Example(1, "messages", messages=tuple(MESSAGES))),
         (
+            CALLING,
+            Example(
+                1,
+                "messages",
+                messages=tuple(CALLING["messages"]),
+                tools=tuple(CALLING["tools"]),
+            ),
+        ),
+        (
             {
                 "conversations": [
                     {"from": "human", "value": "Yes?"},
@@ -101,7 +120,7 @@ def labelled_text(tokenizer, item, row=0):
             ),
         ),
     ],
-    ids=["completion", "choices", "text", "messages", "sharegpt"],
+    ids=["completion", "choices", "text", "messages", "tools", "sharegpt"],
 )
 def test_every_format_in_every_file_type(tmp_path, suffix, row, expected):
     examples = read_examples(write(tmp_path / f"data{suffix}", [row, row]))
@@ -133,10 +152,14 @@ def test_alpaca_rows_get_the_published_prompt(tmp_path):
     assert (with_input.kind, with_input.completion) == ("completion", "2")
 
 
-def test_sharegpt_keeps_the_system_prompt(tmp_path):
+def test_sharegpt_keeps_the_system_prompt_and_the_tools(tmp_path):
     row = {"system": "Be brief.", "conversations": [{"from": "gpt", "value": "Yes."}]}
-    (example,) = read_examples(write(tmp_path / "a.jsonl", [row])).items
-    assert [m["role"] for m in example.messages] == ["system", "assistant"]
+    tools = ({"tools": json.dumps(CALLING["tools"])}, {"tools": "[]"}, {"tools": ""}, {})
+    given = [{**row, **some} for some in tools]
+    first, *others = read_examples(write(tmp_path / "a.jsonl", given)).items
+    assert [m["role"] for m in first.messages] == ["system", "assistant"]
+    assert first.tools == tuple(CALLING["tools"])
+    assert [example.tools for example in others] == [(), (), ()]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +186,11 @@ def test_sharegpt_keeps_the_system_prompt(tmp_path):
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message"),
         ('{"messages": [{"role": "assistant", "content": ""}]}', "message 1 (assistant) is empty"),
         ('{"messages": [{"role": "assistant"}]}', "message 1 (assistant) is None"),
+        ('{"messages": [{"role": "user", "tool_calls": [1]}]}', "message 1 (user) is None"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "tools": "film"}',
+            "tools is not a JSON list",
+        ),
         ('{"conversations": [{"from": "me", "value": "a"}]}', "from 'me'"),
         ("1" * 5000, "is not usable JSON"),
     ],
@@ -418,6 +446,54 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_a_turn(tiny_tokenize
         assert labelled_text(tokenizer, item) == reply
 
 
+_CALLS = "{% for call in message.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("turn", "content"),
+    [
+        ("{{ message.content or '' }}" + _CALLS, None),
+        ("{{ message.content or '' }}" + _CALLS, "no"),
+        (_CALLS + "{% if not message.tool_calls %}{{ message.content }}{% endif %}", None),
+    ],
+    ids=["qwen", "content", "llama"],
+)
+def test_tool_calls_are_learnt_with_the_tools_in_sight(tiny_tokenizer, turn, content):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% endfor %}"
+        "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}"
+        + turn
+        + "<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    user, call, result, reply = CALLING["messages"]
+    call = call if content is None else {**call, "content": content}
+    chat = Example(
+        1, "messages", messages=(user, call, result, reply), tools=tuple(CALLING["tools"])
+    )
+    (item,) = encode(Examples([chat]), tokenizer, max_length=999).items
+    before = (
+        f"<tool>{json.dumps(CALLING['tools'][0])}</tool><|im_start|>user\nIs the film great?"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    written = (content or "") + '<call>{"name": "film", "arguments": "it"}</call><|im_end|>'
+    after = "\n<|im_start|>tool\ngreat<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(item.rows[0]) == f"{before}{written}{after}yes<|im_end|>"
+    assert labelled_text(tokenizer, item) == f"{written}yes<|im_end|>"
+
+    asked = Example(1, "messages", messages=(user, call), tools=chat.tools)
+    ((prompt, answer),), _ = questions(Examples([asked]), tokenizer)
+    assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == (before, written)
+
+
+def test_a_template_that_leaves_out_tool_calls_is_refused(tiny_tokenizer):
+    user, call, *_ = CALLING["messages"]
+    chat = Example(3, "messages", messages=(user, {**call, "content": ""}))
+    with pytest.raises(InputError, match=r"line 3: the chat template .*: it leaves out tool calls"):
+        encode(Examples([chat]), tiny_tokenizer, max_length=99)
+
+
 def test_a_template_without_end_marks_gets_eos(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
@@ -481,6 +557,21 @@ def test_choices_of_several_tokens_are_rows_with_one_context(tiny_tokenizer):
         tiny_tokenizer.decode(row[labels == -100])
         for row, labels in zip(tight.items[0].rows, tight.items[0].labels, strict=True)
     } == {" film was"}
+
+
+def test_choices_end_where_one_begins_another(tiny_tokenizer):
+    nested = choices(1, options=(" great", " Paris", " great film"))
+    encoded = encode(Examples([nested, choices(2)]), tiny_tokenizer, max_length=64)
+    texts = [
+        [labelled_text(tiny_tokenizer, item, row) for row in range(len(item.rows))]
+        for item in encoded.items
+    ]
+    ended = [" great<|im_end|>", " Paris<|im_end|>", " great film<|im_end|>"]
+    assert texts == [ended, [" terrible", " great"]]
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.eos_token = None
+    (item,) = encode(Examples([nested]), bare, max_length=64).items
+    assert [labelled_text(bare, item, row) for row in range(3)] == list(nested.choices)
 
 
 def test_objectives(tiny_tokenizer):
@@ -632,7 +723,8 @@ def test_choice_batches(tiny_tokenizer):
         tiny_tokenizer.decode(ids[labels != -100])
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
     ]
-    assert texts == [" terrible", " great", " terrible", " a", " film great", " film"]
+    ended = [f"{choice}<|im_end|>" for choice in (" a", " film great", " film")]
+    assert texts == [" terrible", " great", " terrible", *ended]
     assert_types(batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from tinyft import models
 from tinyft.data import Example, Examples, encode
 from tinyft.errors import InputError
 from tinyft.evaluate import evaluate, generate, generate_and_score, predictions
+from tinyft.library import score
 
 PROMPTS = (
     "The film was",
@@ -163,6 +165,19 @@ def test_generation_stops_at_the_end_token(tiny_model_dir):
     assert generate(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=6) == [[]]
 
 
+def test_generation_is_greedy_whatever_the_model_comes_with(tiny_model_dir):
+    loaded = models.load(tiny_model_dir("llama"))
+    ids = loaded.tokenizer(PROMPTS[4])["input_ids"]
+    greedy = list(ids)
+    with torch.no_grad():
+        for _ in range(8):
+            greedy.append(int(loaded.model(torch.tensor([greedy])).logits[0, -1].argmax()))
+    assert 2 not in greedy and len(set(greedy)) < len(greedy)  # penalties would change it
+    loaded.model.generation_config.update(repetition_penalty=1e3, no_repeat_ngram_size=1)
+    found = generate(loaded.model, loaded.tokenizer, [ids], max_new_tokens=8)
+    assert found == [greedy[len(ids) :]]
+
+
 def test_prompts_beyond_the_positions_lose_their_beginning(tiny_model_dir):
     loaded = models.load(tiny_model_dir("gpt2"))  # 128 learnt positions
     long = [5 + i % 90 for i in range(300)]
@@ -204,3 +219,68 @@ def test_exact_match_and_rouge(tiny_model_dir):
     assert found["samples"][1]["reference"] == (texts[1] + " x").strip()
     with pytest.raises(InputError, match="row of text"):
         generate_and_score(model, tokenizer, Examples([Example(7, "text", text="a b c")]))
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<end>"], ids=["special", "added"])
+def test_what_ends_a_turn_ends_an_answer(tiny_model_dir, monkeypatch, mark):
+    loaded = models.load(tiny_model_dir("llama"))
+    tokenizer = copy.deepcopy(loaded.tokenizer)  # whose EOS is not the template's, as Qwen3-Base's
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.add_tokens(["<end>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", mark)
+    loaded.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    stops = []
+
+    def as_taught(ids, attention_mask, generation_config):
+        stops.append(generation_config.eos_token_id)
+        written = tokenizer(f"yes, no{mark}\n<|im_start|>user\n")["input_ids"]
+        return torch.cat([ids, torch.tensor([written] * len(ids))], 1)
+
+    monkeypatch.setattr(loaded.model, "generate", as_taught)
+    chat = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes, no"})
+    examples = Examples([Example(1, "messages", messages=chat)])
+    found = generate_and_score(loaded.model, tokenizer, examples)
+    assert (found["exact_match"], found["samples"][0]["generated"]) == (1.0, "yes, no")
+    assert stops == [sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", mark]))]
+
+
+def test_answers_begin_where_the_loss_does(tiny_model_dir):
+    loaded = models.load(tiny_model_dir("llama"))
+    row = {"prompt": "Answer: ", "completion": "yes"}  # " yes" is one token
+    found = score((loaded.model, loaded.tokenizer), [row], generate=True, max_new_tokens=4)
+    (new,) = generate(
+        loaded.model, loaded.tokenizer, [loaded.tokenizer("Answer:")["input_ids"]], max_new_tokens=4
+    )
+    text = loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert found["samples"] == [{"prompt": "Answer:", "generated": text, "reference": "yes"}]
+
+
+def test_answers_are_asked_for_of_the_rows_that_were_scored(tiny_model_dir):
+    loaded = models.load(tiny_model_dir("llama"))
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    user = {"role": "user", "content": "Hi"}
+    reply, long = ({"role": "assistant", "content": c} for c in ("yes", "yes, no " * 30))
+    rows = [
+        {"messages": messages}
+        for messages in ([user, reply], [{**user, "role": "system"}, reply], [reply], [user, long])
+    ]
+    found = score(
+        (loaded.model, tokenizer),
+        rows,
+        generate=True,
+        max_length=60,
+        max_new_tokens=2,
+        skip_bad_rows=True,
+    )
+    header = "<|im_start|>assistant\n"  # all that stands before a turn that comes first
+    assert [(s["prompt"], s["reference"]) for s in found["samples"]] == [
+        (f"<|im_start|>user\nHi<|im_end|>\n{header}", "yes"),
+        (header, "yes"),
+    ]
+    system = Example(2, "messages", messages=tuple(rows[1]["messages"]))
+    with pytest.raises(InputError, match=r"line 2: the chat template refuses .*no system"):
+        generate_and_score(loaded.model, tokenizer, Examples([system]))

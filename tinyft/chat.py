@@ -27,28 +27,34 @@ class Rendered:
         text: as the template writes it.
         spans: (begin, end) of each assistant turn that is to be learnt, in characters: from the
             end of the generation prompt to the end of the mark that closes the turn.
-        closed: whether the template closes the last turn with a mark (else it wants an EOS).
+        mark: what the template closes the last turn with; without one, "", it wants an EOS.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    closed: bool
+    mark: str
 
 
-def render(tokenizer: Any, messages: Messages) -> list[Rendered]:
-    """Renders a conversation: once, or once for each assistant turn.
+def render(
+    tokenizer: Any, messages: Messages, tools: tuple[dict[str, Any], ...] = ()
+) -> list[Rendered]:
+    """Renders a conversation, with the tools it may call: once, or once for each assistant turn.
 
     The latter for a template that writes an earlier turn in another way once others follow (Qwen3
     drops its reasoning): each turn is then learnt in the context that the model will see in use.
 
     Raises:
-        UnusableRow: the template refuses the conversation; its own words are in the message.
+        UnusableRow: the template refuses the conversation (its own words are in the message), or
+            writes none of a turn's tool calls.
     """
     from jinja2 import TemplateError
 
     def apply(part: Messages, generation_prompt: bool = False) -> str:
         return tokenizer.apply_chat_template(
-            list(part), tokenize=False, add_generation_prompt=generation_prompt
+            list(part),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
         )
 
     try:
@@ -61,7 +67,7 @@ def render(tokenizer: Any, messages: Messages) -> list[Rendered]:
         raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
     last = turns[-1]
     if all(last.text.startswith(turn.text) for turn in turns):
-        return [Rendered(last.text, tuple(turn.spans[0] for turn in turns), last.closed)]
+        return [Rendered(last.text, tuple(turn.spans[0] for turn in turns), last.mark)]
     return turns
 
 
@@ -70,7 +76,12 @@ def _turn(
 ) -> Rendered:
     """A conversation that ends in an assistant turn, with that turn's span alone."""
     text = apply(messages)
-    probe = apply((*messages[:-1], {**messages[-1], "content": _PROBE}))
+    probed = {**messages[-1], "content": _PROBE}
+    # Without tool calls, which templates write behind the content or instead of it.
+    calls = probed.pop("tool_calls", None)
+    probe = apply((*messages[:-1], probed))
+    if calls and apply((*messages[:-1], {**probed, "tool_calls": calls})) == probe:
+        raise ValueError("it leaves out tool calls")
     begin = shared(text, probe)
     after = text[len(text) - shared(text[begin:][::-1], probe[begin:][::-1]) :]
     if len(messages) > 1:
@@ -83,9 +94,9 @@ def _turn(
         if prompt != text and text.startswith(prompt):
             begin = len(prompt)
     # White space behind an end mark is never generated; without a mark, it is the mark.
-    closed = bool(after.strip())
-    end = len(text.rstrip()) if closed else len(text)
-    return Rendered(text[:end], ((begin, end),), closed)
+    mark = after.strip()
+    end = len(text.rstrip()) if mark else len(text)
+    return Rendered(text[:end], ((begin, end),), mark)
 
 
 def shared(a: Sequence, b: Sequence) -> int:

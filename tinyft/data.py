@@ -14,7 +14,7 @@ Example:
 from __future__ import annotations
 
 from tinyft.batches import Batch, Batches, collate
-from tinyft.encoding import Encoded, EncodedExample, encode, pad_id
+from tinyft.encoding import Encoded, EncodedExample, encode, pad_id, questions
 from tinyft.examples import FORMATS, BadRow, Example, Examples, read_examples
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "collate",
     "encode",
     "pad_id",
+    "questions",
     "read_examples",
 ]

@@ -7,7 +7,8 @@ token that the prompt alone does not already give it, no completion character go
 leading spaces fall where the tokenizer puts them. It needs no offsets, so any tokenizer will do.
 
 Special tokens. What the tokenizer itself puts before a text (BOS, [CLS]) is put there, and survives
-truncation, since many models break without it; EOS ends completions and texts, if there is an EOS.
+truncation, since many models break without it; EOS ends completions and texts, if there is an EOS,
+and choices one of which begins another.
 
 Chat templates. The loss is on each assistant turn, from the end of the generation prompt to the
 turn's end mark (`chat.py`); its tokens are found as those of completions are.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,8 +98,9 @@ def encode(
 
     Prompts too long lose their beginning, so that completions and choices stay whole; all choices
     of an example lose the same tokens. Texts too long are cut into windows that share one token,
-    so that every token but the first is predicted exactly once. Choices get no EOS: they are
-    compared as continuations.
+    so that every token but the first is predicted exactly once. Choices are compared as
+    continuations, without EOS; but where one of a row's choices begins another (2, 25) all of the
+    row's end in it, since the longer one could never be the likelier.
 
     Args:
         examples: from `read_examples`, or built by hand.
@@ -144,6 +147,41 @@ def encode(
         labels=_classes(examples.items[0]) if kind == "class" else (),
         bad=bad,
     )
+
+
+def questions(
+    examples: Examples, tokenizer: Any
+) -> tuple[list[tuple[list[int], list[int]]], set[int]]:
+    """What a causal model is asked, and what it should write: the tokens of objective lm, uncut.
+
+    Of choices it is the right one that it should write, of a conversation the last assistant turn.
+
+    Returns:
+        (prompt, answer) of each example, token ids, the answer with its end; and the tokens that
+        end answers: EOS, and what closes the template's assistant turns.
+
+    Raises:
+        InputError: rows of text, which ask nothing, or conversations that the chat template
+            refuses: all named, unless `examples.skip_bad_rows`.
+    """
+    encoding = _Encoding(tokenizer, max_length=0)  # which only fitting asks for
+    asked: list[tuple[list[int], list[int]]] = []
+    bad: list[BadRow] = []
+    for example, prompt, joint in encoding.tokenised(examples.items, _target):
+        try:
+            if example.kind == "text":
+                raise UnusableRow(
+                    "a row of text asks nothing that could be answered. Leave --generate out "
+                    "(perplexity fits texts), or give prompts"
+                )
+            *_, (_, ids, labels) = encoding.lm_rows(example, prompt, joint)
+        except UnusableRow as error:
+            bad.append(BadRow(example.line, str(error)))
+            continue
+        begin = _run_start(labels)
+        asked.append((ids[:begin], ids[begin:]))
+    examples.check(asked, bad)
+    return asked, encoding.ends
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -199,6 +237,8 @@ class _Encoding:
         at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
         self.head, self.tail = whole[:at], whole[at + len(body) :]
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.ends = set(self.eos)
+        self.added = set(tokenizer.get_added_vocab().values())
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         if self.tokenizer.is_fast:
@@ -227,27 +267,36 @@ class _Encoding:
     def lm(
         self, example: Example, prompt: list[int], joint: list[list[int]]
     ) -> list[EncodedExample]:
+        rows = self.lm_rows(example, prompt, joint)
+        if example.kind == "text":
+            ((_, ids, _),) = rows
+            return self._windows(example, ids)
+        what = "an assistant turn" if example.kind == "messages" else "the completion"
+        return [self._fitted(example, what, [row]) for row in rows]
+
+    def lm_rows(self, example: Example, prompt: list[int], joint: list[list[int]]) -> list[_Row]:
+        """As long as they are, each up to the end of a completion, a text or an assistant turn."""
         if example.kind == "messages":
-            rows = [self._chat(rendered) for rendered in render(self.tokenizer, example.messages)]
-            return [self._fitted(example, "an assistant turn", [row]) for row in rows]
+            rendered = render(self.tokenizer, example.messages, example.tools)
+            return [self._chat(conversation) for conversation in rendered]
         (ids,) = joint
         ended = self.head + ids + (self.eos if ids[-1:] != self.eos else [])
-        if example.kind == "text":
-            return self._windows(example, ended)
         begin = len(self.head) + shared(prompt, ids)
-        row = (len(self.head), ended, [NO_LOSS] * begin + ended[begin:])
-        return [self._fitted(example, "the completion", [row])]
+        return [(len(self.head), ended, [NO_LOSS] * begin + ended[begin:])]
 
     def choice(
         self, example: Example, prompt: list[int], joint: list[list[int]]
     ) -> list[EncodedExample]:
         if len(set(map(tuple, joint))) < len(joint):
             raise UnusableRow("some choices are the same tokens to this tokenizer")
+        # Sorted, what begins another stands right before one that it begins.
+        nested = any(long[: len(short)] == short for short, long in pairwise(sorted(joint)))
+        end = self.eos if nested else []
         rows = []
         for ids in joint:
             begin = shared(prompt, ids)
-            labels = [NO_LOSS] * (len(self.head) + begin) + ids[begin:]
-            rows.append((len(self.head), self.head + ids, labels))
+            labels = [NO_LOSS] * (len(self.head) + begin) + ids[begin:] + end
+            rows.append((len(self.head), self.head + ids + end, labels))
         return [self._fitted(example, "the longest choice", rows)]
 
     def classify(
@@ -277,12 +326,14 @@ class _Encoding:
     def _chat(self, rendered: Rendered) -> _Row:
         text = rendered.text
         edges = [text[:edge] for span in rendered.spans for edge in span]
-        ids, *parts = self.ids([text, *edges])
+        ids, mark, *parts = self.ids([text, rendered.mark, *edges])
+        # Of a mark in plain words no token ends an answer: each may stand in one.
+        self.ends.update([token for token in mark if token in self.added][:1])
         labels = [NO_LOSS] * len(ids)
         for before, through in zip(parts[::2], parts[1::2], strict=True):
             turn = slice(shared(before, ids), shared(through, ids))
             labels[turn] = ids[turn]
-        if not rendered.closed:
+        if not rendered.mark:
             ids, labels = ids + self.eos, labels + self.eos
         # Templates write the BOS themselves.
         return len(self.head) if ids[: len(self.head)] == self.head else 0, ids, labels

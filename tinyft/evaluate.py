@@ -7,7 +7,7 @@ depends on the batch size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyft.data import Batches, Encoded, Example, Examples, encode, pad_id
+from tinyft.data import Batches, Encoded, Examples, encode, pad_id, questions
 from tinyft.errors import InputError
 from tinyft.losses import choice_scores, class_logits, macro_f1, row_losses
 from tinyft.references import quiet
@@ -94,37 +94,43 @@ def generate_and_score(
 ) -> dict[str, Any]:
     """Let a causal model answer the prompts, greedily, and compare with the given answers.
 
-    A row's answer is its completion, its right choice, or its last assistant turn. Prompts that
-    the model's positions cannot hold lose their beginning.
+    A row's answer is its completion, its right choice, or its last assistant turn; what stands
+    before it and where it ends is as training sees it (`questions`). Prompts that the model's
+    positions cannot hold lose their beginning.
 
     Returns:
         `exact_match` (share of rows, surrounding white space apart), `rouge1`, `rouge2`, `rougeL`
         (mean F-measure), and the first `n_samples` as `samples`.
 
     Raises:
-        InputError: rows of text, which ask nothing.
+        InputError: rows that ask nothing or that the chat template refuses: all named, unless
+            `examples.skip_bad_rows`, which leaves them out.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    pairs = [_prompt_and_answer(example, tokenizer, examples) for example in examples.items]
+    asked, ends = questions(examples, tokenizer)
     written = generate(
         model,
         tokenizer,
-        [prompt for prompt, _ in pairs],
+        [prompt for prompt, _ in asked],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        ends=ends,
     )
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
-    answers = [answer.strip() for _, answer in pairs]
+    right = [_before_end(answer, ends) for _, answer in asked]
+    texts, answers = (
+        [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
+        for rows in (written, right)
+    )
     scorer = RougeScorer(ROUGE)
     rouge = [scorer.score(answer, text) for answer, text in zip(answers, texts, strict=True)]
-    n = len(pairs)
+    n = len(asked)
     return {
         "exact_match": sum(map(str.__eq__, texts, answers)) / n,
         **{name: sum(score[name].fmeasure for score in rouge) / n for name in ROUGE},
         "samples": [
             {"prompt": tokenizer.decode(prompt), "generated": text, "reference": answer}
-            for (prompt, _), text, answer in list(zip(pairs, texts, answers, strict=True))[
+            for (prompt, _), text, answer in list(zip(asked, texts, answers, strict=True))[
                 :n_samples
             ]
         ],
@@ -138,14 +144,17 @@ def generate(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 64,
+    ends: Collection[int] = (),
 ) -> list[list[int]]:
     """Greedy continuations of prompts of token ids, each cut before its end token.
 
-    Rows of different lengths share a batch by padding on the left; what comes out is what each
-    row would give alone.
+    The tokenizer's and the model's own EOS end a continuation, and the tokens `ends`. Rows of
+    different lengths share a batch by padding on the left; what comes out is what each row would
+    give alone.
     """
     config = copy.deepcopy(model.generation_config)
-    ends = {tokenizer.eos_token_id}.union(_as_list(config.eos_token_id)) - {None}
+    own = {tokenizer.eos_token_id}.union(_as_list(config.eos_token_id)) - {None}
+    ends = own.union(ends)
     padding = pad_id(tokenizer)
     config.update(
         do_sample=False,
@@ -157,6 +166,8 @@ def generate(
         temperature=None,
         top_p=None,
         top_k=None,
+        repetition_penalty=1.0,  # None would be the model's own
+        no_repeat_ngram_size=0,
     )
     room = getattr(model.config, "max_position_embeddings", 1 << 30) - max_new_tokens
     if room < 1:
@@ -164,7 +175,7 @@ def generate(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model has "
             f"{room + max_new_tokens} positions."
         )
-    fitted = [_cut(list(prompt) or [min(ends, default=0)], room, tokenizer) for prompt in prompts]
+    fitted = [_cut(list(prompt) or [min(own, default=0)], room, tokenizer) for prompt in prompts]
     order = sorted(range(len(fitted)), key=lambda i: -len(fitted[i]))
     device = next(model.parameters()).device
     found: dict[int, list[int]] = {}
@@ -181,8 +192,7 @@ def generate(
                 ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
             for i, new in zip(chosen, out[:, width:].tolist(), strict=True):
-                stop = next((t for t, token in enumerate(new) if token in ends), len(new))
-                found[i] = new[:stop]
+                found[i] = _before_end(new, ends)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -231,27 +241,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _prompt_and_answer(
-    example: Example, tokenizer: Any, examples: Examples
-) -> tuple[list[int], str]:
-    """Token ids of the prompt, as training sees it, and the text that should follow."""
-    if example.kind == "text":
-        raise InputError(
-            f"{examples.source}, {examples.unit} {example.line}: a row of text asks nothing that "
-            f"could be answered. Leave --generate out (perplexity fits texts), or give prompts."
-        )
-    if example.kind == "messages":
-        last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
-        prompt = tokenizer.apply_chat_template(
-            list(example.messages[:last]), tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the template wrote its own
-        return ids, example.messages[last]["content"]
-    ids = tokenizer(example.prompt)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids = ids[:-1]
-    is_choice = example.kind == "choices"
-    return ids, example.choices[example.answer] if is_choice else example.completion
+def _before_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    stop = next((t for t, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]
 
 
 def _cut(ids: list[int], room: int, tokenizer: Any) -> list[int]:

@@ -8,8 +8,10 @@ A source is a `.jsonl`, `.json`, `.csv` or `.parquet` file, or the id of a datas
     alpaca      {"instruction", "input"?, "output"} text      {"text"}
 
 Other fields are ignored, and null counts as absent. In a CSV the lists are JSON inside the cell.
-Alpaca rows become prompt and completion with that project's own prompt, so that they serve models
-without a chat template too; sharegpt rows become messages.
+Alpaca rows become prompt and completion with that project's prompt as torchtune and litgpt write it
+(a newline behind "### Response:"), so that they serve models without a chat template too; sharegpt
+rows become messages. Conversations may come with "tools", the list of JSON Schemas that a chat
+template takes, and their assistant messages with "tool_calls", beside content or instead of it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Example:
     choices: tuple[str, ...] = ()
     answer: int = -1
     messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
     text: str = ""
 
 
@@ -162,12 +165,16 @@ def _messages(line: int, row: Row) -> Example:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UnusableRow(f"message {number} is not an object with role and content")
         name = f"content of message {number} ({message['role']})"
-        _text(message.get("content"), name, may_be_empty=message["role"] != "assistant")
+        answers = message["role"] == "assistant"
+        calls = answers and bool(message.get("tool_calls"))
+        if not calls or message.get("content") is not None:
+            _text(message.get("content"), name, may_be_empty=calls or not answers)
     if not any(message["role"] == "assistant" for message in messages):
         raise UnusableRow("has no assistant message to learn from")
     # Tables fill the fields that a message lacks with null; a template would print "None".
     clean = tuple({k: v for k, v in message.items() if v is not None} for message in messages)
-    return Example(line, "messages", messages=clean)
+    tools = tuple(_list(row, "tools", may_be_empty=True)) if row.get("tools") else ()
+    return Example(line, "messages", messages=clean, tools=tools)
 
 
 _SHAREGPT_ROLES = {
@@ -190,7 +197,7 @@ def _sharegpt(line: int, row: Row) -> Example:
             known = ", ".join(_SHAREGPT_ROLES)
             raise UnusableRow(f"turn {number} is from {sender!r}, which is none of {known}")
         messages.append({"role": _SHAREGPT_ROLES[sender], "content": turn.get("value")})
-    return _messages(line, {"messages": messages})
+    return _messages(line, {"messages": messages, "tools": row.get("tools")})
 
 
 _ALPACA = (
@@ -251,15 +258,16 @@ def _text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
     return value
 
 
-def _list(row: Row, key: str) -> list[Any]:
+def _list(row: Row, key: str, *, may_be_empty: bool = False) -> list[Any]:
     value = row[key]
     if isinstance(value, str):  # a CSV cell
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise UnusableRow(f"{key} is not a JSON list: {error.msg}") from None
-    if not isinstance(value, list) or not value:
-        raise UnusableRow(f"{key} is {_shown(value)}, not a non-empty list")
+    if not isinstance(value, list) or not (value or may_be_empty):
+        wanted = "a list" if may_be_empty else "a non-empty list"
+        raise UnusableRow(f"{key} is {_shown(value)}, not {wanted}")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +140,12 @@ def score(
     encoded = encode(examples, loaded.tokenizer, max_length=max_length, encoder=encoder)
     found = dict(evaluate(loaded.model, loaded.tokenizer, encoded, batch_size=batch_size))
     if generate:
+        left_out = {row.line for row in encoded.bad}
+        same = [example for example in examples.items if example.line not in left_out]
         found |= generate_and_score(
             loaded.model,
             loaded.tokenizer,
-            examples,
+            replace(examples, items=same),
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )

@@ -142,8 +142,8 @@ def row_losses(model: nn.Module, batch: Any) -> Tensor:
 def choice_scores(model: nn.Module, batch: Any) -> Tensor:
     """Scores (B * copies, C) float32 whose softmax is the probability among an example's choices.
 
-    Choices of one token: their logits. Longer ones: the summed log-likelihood of their tokens.
-    Missing choices score -inf.
+    Choices of one token: their logits. Longer ones: the summed log-likelihood of their tokens
+    (and of EOS behind them, where one begins another). Missing choices score -inf.
     """
     if batch.choice_ids is None:
         scores = -row_losses(model, batch).view(len(batch.answers), -1)
