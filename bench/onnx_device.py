@@ -87,7 +87,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if not (arguments.work / name).exists():
             words = ["--data=film-reviews:train", f"--batch-size={arguments.batch}"]
             words += [f"--model={arguments.model}", f"--max-length={arguments.length}"]
-            words += ["--objective=lm"]
             tinyft(
                 "export",
                 *flags,

@@ -103,6 +103,7 @@ def export(config: TrainConfig, target: str, training_python: Path | None = None
             parity = ort_training.write(job, work, training_python)
         else:
             parity = gate.check(job, work)
+        parity["objective"] = settings["kind"]
         if dropout := _dropout(job):
             parity["dropout_left_out"] = dropout
         (work / "parity.json").write_text(json.dumps(parity, indent=2) + "\n")
@@ -213,11 +214,6 @@ def _prepared(config: TrainConfig) -> Job:
             f"--dtype float16 is that of a causal model's embeddings and head, and {config.model} "
             f"is an encoder: leave it out."
         )
-    if not encoder and config.objective == "auto" and any(e.choices for e in examples.items):
-        raise InputError(
-            f"{examples.source} has choices, which `tinyft train` compares under --objective auto. "
-            f"Graphs learn the right one as a completion: give --objective lm for that."
-        )
     classes = len(examples.items[0].choices) or None if encoder else None
     # Devices compute in float32 on the CPU, whatever the weights were stored in.
     loaded = load(
@@ -231,7 +227,7 @@ def _prepared(config: TrainConfig) -> Job:
     if not hasattr(loaded.tokenizer, "backend_tokenizer"):
         raise InputError(f"{config.model} has no tokenizer.json, which a device needs.")
     config = config.with_lr(loaded.model.config)
-    kind = "class" if encoder else "lm"
+    kind = "class" if encoder else "lm"  # which learns the right one of choices, as a completion
     encoded = encode(
         examples,
         loaded.tokenizer,

@@ -543,11 +543,9 @@ def test_saving_every_0_steps(monkeypatch, capsys):
     assert "--save-every 0 must be at least 1" in capsys.readouterr().err
 
 
-def test_choices_are_learnt_as_completions_where_that_is_asked_for(tmp_path, tiny_tokenizer):
+def test_choices_are_learnt_as_completions(tmp_path, tiny_tokenizer):
     rows = [{"prompt": "It was", "choices": [" a bore", " great"], "answer": 1}]
-    with pytest.raises(InputError, match="give --objective lm"):
-        prepared(tmp_path, tiny_tokenizer, "lora", rows=rows)
-    job = prepared(tmp_path, tiny_tokenizer, "lora", rows=rows, fields={"objective": "lm"})
+    job = prepared(tmp_path, tiny_tokenizer, "lora", rows=rows)
     (item,) = job.batches.items
     labels = [t for t in item.labels[0].tolist() if t != -100]
     assert tiny_tokenizer.decode(labels) == " great<|im_end|>"

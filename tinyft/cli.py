@@ -314,7 +314,8 @@ def _export(arguments: argparse.Namespace) -> int:
     else:
         dropout = " without the model's dropout" if "dropout_left_out" in parity else ""
         print(
-            f"{parity['steps']} steps as torch's{dropout}, losses to {parity['loss_error']:.1e}. "
+            f"{parity['steps']} steps of objective {parity['objective']} as torch's{dropout}, "
+            f"losses to {parity['loss_error']:.1e}. "
             f"On the device: python {config.output}/train.py --data FILE --steps N"
         )
     return 0
