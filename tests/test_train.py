@@ -413,6 +413,28 @@ def test_fit_on_an_encoder(tiny_model_dir, tmp_path):
     result = tinyft.fit(folder, data, method="full", steps=2, quiet=True, output=out)
     assert load(out).model.config.id2label == {0: "terrible", 1: "great"}
     assert result.report["eval"]["before"] is None
+    swapped = [
+        {**row, "choices": row["choices"][::-1], "answer": 1 - row["answer"]} for row in rows(8)
+    ]
+    with pytest.raises(InputError, match="not the model's classes"):
+        tinyft.fit(folder, data, method="full", eval_data=swapped, steps=2, quiet=True)
+
+
+def test_an_encoders_adapter_keeps_the_names_of_its_classes(tiny_model_dir, tmp_path):
+    fields = {"method": "lora", "steps": 1, "rank": 2, "quiet": True}
+    tinyft.fit(tiny_model_dir("bert"), rows(8), output=tmp_path / "out", **fields)
+    loaded = load(tmp_path / "out")
+    assert loaded.model.config.id2label == {0: "terrible", 1: "great"}
+    assert loaded.model.config.label2id == {"terrible": 0, "great": 1}
+    # What is known by name is not scored as something else.
+    for choices in ([" Great", " terrible"], [" terrible", " great", " fair"]):
+        with pytest.raises(InputError, match=r"are \['terrible', 'great'\], in this order"):
+            tinyft.library.score(loaded, [{**row, "choices": choices} for row in rows(4)])
+    one, other = (
+        tinyft.library.score(loaded, [{**row, "choices": choices} for row in rows(4)])
+        for choices in ([" terrible", " great"], ["bad", "good"])
+    )
+    assert one == other
 
 
 def test_fit_names_bad_arguments():

@@ -91,6 +91,7 @@ def encode(
     max_length: int,
     objective: str = "auto",
     encoder: bool = False,
+    classes: Sequence[str] = (),
 ) -> Encoded:
     """Tokenises examples and labels the tokens that carry loss.
 
@@ -108,6 +109,8 @@ def encode(
             "auto" is "choice" where all rows have choices and "lm" where none has.
         encoder: the model is a BERT-type encoder, which can only classify: a class is a choice,
             the input is the prompt, and all rows must offer the same choices.
+        classes: an encoder's, in the order of its outputs (`Encoded.labels` of what it was
+            trained on); those of the first row if there are none.
 
     Raises:
         InputError: an objective that the rows cannot serve, no chat template, or rows that do not
@@ -126,7 +129,7 @@ def encode(
     one, continuations = {
         "lm": (encoding.lm, _target),
         "choice": (encoding.choice, lambda example: example.choices),
-        "class": (partial(encoding.classify, examples), lambda example: ()),
+        "class": (partial(encoding.classify, examples, tuple(classes)), lambda example: ()),
     }[kind]
     items: list[EncodedExample] = []
     bad: list[BadRow] = []
@@ -141,7 +144,7 @@ def encode(
         kind=kind,
         n_truncated=encoding.n_truncated,
         n_split=encoding.n_split,
-        labels=_classes(examples.items[0]) if kind == "class" else (),
+        labels=(tuple(classes) or _classes(examples.items[0])) if kind == "class" else (),
         bad=bad,
     )
 
@@ -251,13 +254,20 @@ class _Encoding:
         return [self._fitted(example, "the longest choice", rows)]
 
     def classify(
-        self, examples: Examples, example: Example, prompt: list[int], joint: list[list[int]]
+        self,
+        examples: Examples,
+        classes: tuple[str, ...],
+        example: Example,
+        prompt: list[int],
+        joint: list[list[int]],
     ) -> list[EncodedExample]:
         first = examples.items[0]
-        if _classes(example) != _classes(first):
+        if _classes(example) != (classes or _classes(first)):
+            whose = "the model's classes" if classes else f"those of {examples.unit} {first.line}"
             raise UnusableRow(
-                f"choices {list(example.choices)} are not those of {examples.unit} {first.line}, "
-                f"{list(first.choices)}; an encoder needs the same classes everywhere"
+                f"choices {list(example.choices)} are not {whose}, "
+                f"{list(classes or first.choices)}; an encoder needs the same classes, in the same "
+                f"order, everywhere"
             )
         room = self.max_length - len(self.head) - len(self.tail)
         if room < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,10 @@ def score(
     Returns:
         Loss and perplexity, or accuracy and F1 by the likelihood of the choices; with `generate`,
         `exact_match`, `rouge1`, `rouge2`, `rougeL` and `samples` as well.
+
+    Raises:
+        InputError: naming what is wrong with model, rows or options; an encoder's classes that are
+            not the rows'.
     """
     import torch
 
@@ -137,6 +142,8 @@ def score(
     if generate and encoder:
         raise InputError(f"{loaded.ref} is an encoder, which classifies: leave --generate out.")
     encoded = encode(examples, loaded.tokenizer, max_length=max_length, encoder=encoder)
+    if encoder:
+        _check_classes(loaded, encoded.labels)
     found = dict(evaluate(loaded.model, loaded.tokenizer, encoded, batch_size=batch_size))
     if generate:
         found |= generate_and_score(
@@ -147,6 +154,21 @@ def score(
             max_new_tokens=max_new_tokens,
         )
     return found
+
+
+def _check_classes(loaded: Any, asked: Sequence[str]) -> None:
+    """Refuse rows of more or fewer classes than an encoder has, or of the same in another order.
+
+    Other names than the model's may stand for its classes: many checkpoints call them LABEL_0, ...
+    """
+    named = loaded.model.config.id2label
+    own = [named[i] for i in sorted(named)]
+    here, there = ([name.strip().casefold() for name in names] for names in (asked, own))
+    if len(here) != len(there) or (here != there and sorted(here) == sorted(there)):
+        raise InputError(
+            f"The rows offer the choices {list(asked)}, and the classes of {loaded.ref} are {own}, "
+            f"in this order: write choices and answers of the rows accordingly."
+        )
 
 
 def merge(source: str | Path, output: str | Path, *, dtype: str = "auto") -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,13 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.base_model
 
 
+def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
+    """Write the names of an encoder's classes into its configuration; without names, nothing."""
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: i for i, name in enumerate(labels)}
+
+
 def head(model: nn.Module) -> nn.Module:
     """What turns hidden states into logits: a language-model head or a classifier."""
     if (output := model.get_output_embeddings()) is not None:
@@ -279,6 +286,7 @@ def _load_trained(
         from tinyft.optim.mezo import replay
 
         replay(model, source.path / SEED_LOG)
+    name_classes(model, made.get("labels", ()))
     if base.base_bits == 16:
         adapters.merge(model)
     if wanted not in ("auto", base.dtype):

@@ -284,8 +284,8 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
     encoded = []
     for name in ("data", "eval_data"):
         examples, _ = read_source(getattr(config, name), rows.get(name), config.skip_bad_rows)
-        objective = config.objective if name == "data" else "auto"
-        encoded.append(examples and encode(examples, model.tokenizer, objective=objective, **shape))
+        role = {"objective": config.objective} if not encoded else {"classes": encoded[0].labels}
+        encoded.append(examples and encode(examples, model.tokenizer, **role, **shape))
     trim()
     return Job(model, *encoded, process_bytes=max(0, anonymous_bytes() - before))
 

@@ -111,7 +111,7 @@ class _Session:
         from tinyft.data import Batches, encode, pad_id
         from tinyft.kernels import dispatch
         from tinyft.losses import objective_of
-        from tinyft.models import load
+        from tinyft.models import load, name_classes
         from tinyft.optim import METHODS
 
         config = self.config
@@ -159,10 +159,10 @@ class _Session:
 
         shape = {"max_length": config.max_length, "encoder": loaded.kind == "encoder"}
         encoded = encode(train, self.tokenizer, objective=config.objective, **shape)
-        self.held_out = held_out and encode(held_out, self.tokenizer, **shape)
-        if encoded.kind == "class":
-            self.model.config.id2label = dict(enumerate(encoded.labels))
-            self.model.config.label2id = {name: i for i, name in enumerate(encoded.labels)}
+        self.held_out = held_out and encode(
+            held_out, self.tokenizer, classes=encoded.labels, **shape
+        )
+        name_classes(self.model, encoded.labels)
         self.objective = objective_of(config.objective, encoded.kind)
         self.batches = Batches(
             encoded,
