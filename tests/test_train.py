@@ -234,6 +234,20 @@ def test_overwrite_removes_the_run_and_nothing_else(configured, tmp_path):
     assert not {"adapter_model.safetensors", "steps.seedlog"} & names
 
 
+def test_overwrite_spares_what_the_model_is_made_of(configured, tmp_path):
+    loop.run(configured("full"))
+    adapter = {"model": str(tmp_path / "out"), "output": str(tmp_path / "adapter")}
+    loop.run(configured("lora", **adapter))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for model in (tmp_path / "out", tmp_path / "adapter"):
+        with pytest.raises(InputError, match=r"--overwrite would discard .*name another folder"):
+            loop.run(configured("lora", model=str(model), overwrite=True))
+    with pytest.raises(InputError, match="--overwrite would discard"):
+        loop.run(configured("lora", overwrite=True), loaded=load(tmp_path / "adapter"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    loop.run(configured("lora", **adapter, overwrite=True))  # a sibling's place is free
+
+
 def test_one_writer_at_a_time(configured, tmp_path):
     folder = tinyft.output.OutputFolder(tmp_path / "out")
     folder.open(configured())

@@ -28,7 +28,7 @@ from tinyft.errors import InputError
 from tinyft.kernels import widened
 from tinyft.memory import bound_compiled_products
 from tinyft.packing import pack
-from tinyft.references import Source, explained, locate, quiet
+from tinyft.references import Source, explained, lineage, locate, quiet
 
 SEED_LOG = "steps.seedlog"
 DTYPES = {
@@ -142,10 +142,8 @@ def load(
 
 def kind_of(ref: str | Path) -> str:
     """`"causal"` or `"encoder"`, from the configuration alone (no weights are read)."""
-    source = locate(ref)
-    if source.form in ("adapter", "seed_log"):
-        return kind_of(source.base)
-    return _kind(_read_config(source), source)
+    *_, base = lineage(ref)
+    return _kind(_read_config(base), base)
 
 
 @dataclass(frozen=True)

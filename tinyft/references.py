@@ -84,6 +84,14 @@ def locate(ref: str | Path, *, weights: bool = True) -> Source:
     )
 
 
+def lineage(ref: str | Path) -> Iterator[Source]:
+    """Where a reference leads, then what that was trained on, and so on to a whole model."""
+    source = locate(ref)
+    yield source
+    if source.form in ("adapter", "seed_log"):
+        yield from lineage(source.base)
+
+
 def is_hub_id(ref: str) -> bool:
     """Whether a reference has the form `name` or `owner/name` and is nothing on this machine."""
     shape = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", ref)

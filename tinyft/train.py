@@ -24,6 +24,7 @@ from tinyft.interrupt import Stopped, StopSignals
 from tinyft.memory import PeakMeter, human, trim
 from tinyft.output import OutputFolder
 from tinyft.progress import Reporter, Step, TensorBoardReporter, check_tensorboard
+from tinyft.references import lineage
 from tinyft.report import build_report
 from tinyft.schedule import SavingClock, learning_rate, step_seed
 
@@ -233,11 +234,24 @@ class _Session:
                 problems.append(str(error))
         try:
             kind = loaded.kind if loaded else kind_of(self.config.model)
+            self.check_overwrite(loaded.base_ref if loaded else self.config.model)
         except InputError as error:
             problems.append(str(error))
         if problems:
             raise InputError("\n".join(problems))
         return *found, kind == "encoder"
+
+    def check_overwrite(self, ref: str) -> None:
+        """What begins a run must outlive it: an adapter or a seed log is nothing without its base,
+        and a base that is mapped from a file is read until the end."""
+        if not (self.folder and self.config.overwrite and Path(ref).expanduser().exists()):
+            return
+        output = self.folder.directory.resolve()
+        if output in (source.path for source in lineage(ref)):
+            raise InputError(
+                f"--overwrite would discard the run in --output {self.folder.directory}, and "
+                f"--model {ref} is made of it: name another folder."
+            )
 
     def check_data(self) -> None:
         """To resume: the data must be what the run began with."""
