@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import CAUSAL, CONFIGS, SPECIAL, config_of
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tinyft import models
 from tinyft.adapters import adapters
@@ -276,6 +276,25 @@ def test_peft_adapter(tiny_model_dir, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(loaded.model))
     assert models.kind_of(tmp_path / "adapter") == "causal"
+
+
+def test_peft_classifier_on_a_bare_encoder(tiny_tokenizer, tmp_path):
+    """How many classes it has is known from the head that is saved with the adapter."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    bare = AutoModel.from_config(config_of("bert"))
+    bare.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, task_type=TaskType.SEQ_CLS
+    )
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+        model = get_peft_model(model, config)
+        model.save_pretrained(tmp_path / "adapter")
+    loaded = models.load(tmp_path / "adapter")
+    assert (loaded.kind, loaded.num_labels) == ("encoder", 3)
+    torch.testing.assert_close(logits(loaded.model), logits(model))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

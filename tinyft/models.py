@@ -257,6 +257,8 @@ def _load_trained(
     made = source.manifest
     wanted = dtype
     num_labels = made.get("num_labels", num_labels)
+    if num_labels is None and source.form == "adapter":  # PEFT's, which says so by its head alone
+        num_labels = adapters.saved_classes(source.path)
     seed = made.get("seed", seed)
     if source.form == "seed_log":  # bits follow from the arithmetic that wrote the log
         dtype = made.get("dtype", dtype)
@@ -363,7 +365,7 @@ def _num_labels(config: Any, source: Source, num_labels: int | None) -> int:
     if num_labels is None and not trained:
         raise InputError(
             f"{source.ref} is an encoder without a classification head. Train it on rows with "
-            f"choices, which say how many classes there are, or pass num_labels."
+            f"choices, which say how many classes there are."
         )
     return config.num_labels if num_labels is None else num_labels
 
