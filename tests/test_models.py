@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import CAUSAL, CONFIGS, SPECIAL, config_of
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from tinyft import models
 from tinyft.adapters import adapters
@@ -250,6 +255,29 @@ def test_a_full_disk_leaves_nothing(tiny_model_dir, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         models.save_model(loaded.model, loaded.tokenizer, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "bert", "roberta", "llama"]
+)
+@torch.no_grad()
+def test_positions_are_as_many_as_the_model_can_read(model_type):
+    """As long a row goes through, and one that is longer by a token does not."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    limit = {"n_positions": 12} if model_type == "openai-gpt" else {"max_position_embeddings": 12}
+    config = AutoConfig.for_model(model_type, **small, **limit, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    found = models.n_positions(model)
+    if model_type == "llama":
+        assert found is None
+        return
+
+    def read(n):
+        model(input_ids=torch.full((1, n), 5), attention_mask=torch.ones(1, n, dtype=torch.long))
+
+    read(found)
+    with pytest.raises((IndexError, RuntimeError)):
+        read(found + 1)
 
 
 # What was trained.

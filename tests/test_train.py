@@ -399,6 +399,25 @@ def test_adapters_are_needed_for_a_packed_base(configured):
         configured("full", base_bits=4)
 
 
+@pytest.mark.parametrize("trainable, positions", [("all", 128), ("prefix", 123)])
+def test_rows_beyond_the_positions(tiny_model_dir, tiny_tokenizer, trainable, positions):
+    def row(n_tokens):  # the last is the end's
+        return {"text": tiny_tokenizer.decode([5] * (n_tokens - 1))}
+
+    values = {"model": str(tiny_model_dir("gpt2")), "method": "mezo", "trainable": trainable}
+    message = rf"line 2: {positions + 1} tokens, and the model has {positions} positions"
+    fits, long = [row(9), row(positions)], [row(9), row(positions + 1)]
+    tinyft.fit(**values, data=fits, eval_data=fits, steps=1, quiet=True)
+    for data, eval_data in ((long, fits), (fits, long)):
+        with pytest.raises(InputError, match=message):
+            tinyft.fit(**values, data=data, eval_data=eval_data, steps=1, quiet=True)
+        with pytest.raises(InputError, match=message):
+            tinyft.plan(**values, data=data, eval_data=eval_data)
+    if trainable == "all":
+        with pytest.raises(InputError, match=message):
+            tinyft.library.score(values["model"], long)
+
+
 # As a library.
 
 

@@ -69,6 +69,7 @@ class Encoded:
         n_split: texts cut into windows; they lost nothing.
         labels: names of the classes.
         bad: rows left out here because they do not fit or cannot be used.
+        source: where the items' lines are counted, as errors say it ("train.jsonl, line").
     """
 
     items: list[EncodedExample]
@@ -77,6 +78,7 @@ class Encoded:
     n_split: int = 0
     labels: tuple[str, ...] = ()
     bad: list[BadRow] = field(default_factory=list)
+    source: str = "row"
 
     @property
     def n_tokens(self) -> int:
@@ -146,6 +148,7 @@ def encode(
         n_split=encoding.n_split,
         labels=(tuple(classes) or _classes(examples.items[0])) if kind == "class" else (),
         bad=bad,
+        source=f"{examples.source}, {examples.unit}",
     )
 
 

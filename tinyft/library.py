@@ -127,7 +127,7 @@ def score(
 
     from tinyft.data import encode
     from tinyft.evaluate import evaluate, generate_and_score
-    from tinyft.models import load
+    from tinyft.models import check_rows, load
 
     if threads:
         torch.set_num_threads(threads)
@@ -142,6 +142,7 @@ def score(
     if generate and encoder:
         raise InputError(f"{loaded.ref} is an encoder, which classifies: leave --generate out.")
     encoded = encode(examples, loaded.tokenizer, max_length=max_length, encoder=encoder)
+    check_rows(loaded.model, encoded)
     if encoder:
         _check_classes(loaded, encoded.labels)
     found = dict(evaluate(loaded.model, loaded.tokenizer, encoded, batch_size=batch_size))
@@ -219,7 +220,7 @@ def pack(config: TrainConfig) -> dict[str, int]:
     """
     from tinyft.data import Batches, encode, pad_id
     from tinyft.losses import objective
-    from tinyft.models import load
+    from tinyft.models import check_rows, load
     from tinyft.optim.roste import RoSTE
     from tinyft.rotated import artefact
 
@@ -235,6 +236,7 @@ def pack(config: TrainConfig) -> dict[str, int]:
         max_length=config.max_length,
         encoder=loaded.kind == "encoder",
     )
+    check_rows(loaded.model, encoded)
     batches = Batches(encoded, config.batch_size, seed=config.seed, pad_id=pad_id(loaded.tokenizer))
     optimizer = RoSTE.attach(loaded.model, config)
     loss = objective(encoded.kind)

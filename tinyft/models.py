@@ -24,6 +24,7 @@ from torch import nn
 
 from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
+from tinyft.data import Encoded
 from tinyft.errors import InputError
 from tinyft.kernels import widened
 from tinyft.memory import bound_compiled_products
@@ -208,6 +209,50 @@ def outline(ref: str | Path, device: str = "cpu") -> Outline:
 def base_model(model: nn.Module) -> nn.Module:
     """The backbone: everything from token ids to the last hidden states `(B, T, D)`."""
     return model.base_model
+
+
+def n_positions(model: nn.Module) -> int | None:
+    """The most tokens of a row, where a model looks its positions up in a table that was learnt;
+    None where it computes them."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and re.search(r"(^|\.)(wpe|embed_positions|positions?_\w+)$", name)
+    ]
+    taken = model.prefix.weight.shape[0] if prefix.is_attached(model) else 0
+    # OPT's and BioGPT's tables begin with rows for nobody, RoBERTa's with those up to padding's.
+    return min(
+        (
+            table.num_embeddings
+            - (getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1)
+            - taken
+            for table in tables
+        ),
+        default=None,
+    )
+
+
+def check_rows(model: nn.Module, encoded: Encoded, *, for_prefix: bool = False) -> None:
+    """Refuse rows that a model cannot read.
+
+    Args:
+        for_prefix: a prefix will be put on the model, and takes positions.
+
+    Raises:
+        InputError: a row is longer than the model's table of positions.
+    """
+    positions = n_positions(model)
+    if positions is None:
+        return
+    positions -= prefix.TOKENS if for_prefix else 0
+    longest = max(encoded.items, key=lambda item: item.length)
+    if longest.length > positions:
+        beside = " beside its prefix" if for_prefix or prefix.is_attached(model) else ""
+        raise InputError(
+            f"{encoded.source} {longest.line}: {longest.length} tokens, and the model has "
+            f"{positions} positions{beside}. Give --max-length {positions}."
+        )
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ class _Session:
         from tinyft.data import Batches, encode, pad_id
         from tinyft.kernels import dispatch
         from tinyft.losses import objective_of
-        from tinyft.models import load, name_classes
+        from tinyft.models import check_rows, load, name_classes
         from tinyft.optim import METHODS
 
         config = self.config
@@ -163,6 +163,8 @@ class _Session:
         self.held_out = held_out and encode(
             held_out, self.tokenizer, classes=encoded.labels, **shape
         )
+        for part in filter(None, (encoded, self.held_out)):
+            check_rows(self.model, part, for_prefix=config.trainable == "prefix")
         name_classes(self.model, encoded.labels)
         self.objective = objective_of(config.objective, encoded.kind)
         self.batches = Batches(
