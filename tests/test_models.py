@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -19,6 +20,7 @@ from transformers import (
 
 from tinyft import models
 from tinyft.adapters import adapters
+from tinyft.data import Example, Examples, encode
 from tinyft.errors import InputError
 from tinyft.references import is_hub_id, locate, quiet
 
@@ -473,6 +475,32 @@ def test_broken_weights_and_tokenizers(tiny_model_dir):
 def test_a_tokenizer_of_another_model(tiny_model_dir, tiny_tokenizer):
     folder = tiny_model_dir("llama", vocab_size=300)
     with pytest.raises(InputError, match=f"ids up to {len(tiny_tokenizer) - 1}, its model 300"):
+        models.load(folder)
+
+
+def test_tokens_beyond_the_embeddings(tiny_model_dir, tiny_tokenizer):
+    """Of which a model may have some, as long as nobody uses them."""
+    folder, tokenizer = tiny_model_dir("llama"), copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(400 - len(tokenizer))])
+    tokenizer.add_tokens(["<image>"])
+    assert tokenizer.convert_tokens_to_ids("<image>") == 400  # which is the embeddings' number
+    tokenizer.save_pretrained(folder)
+    loaded = models.load(folder)
+
+    def check(**row):
+        row = Example(7, prompt="The film was", **row)
+        models.check_rows(loaded.model, encode(Examples([row]), loaded.tokenizer, max_length=64))
+
+    check(kind="completion", completion=" great <unused9>")
+    for row in (
+        {"kind": "completion", "completion": " <image>"},
+        {"kind": "choices", "choices": (" great", "<image>"), "answer": 0},
+    ):
+        with pytest.raises(InputError, match=r"line 7: .* the id 400, .* has 400 embed"):
+            check(**row)
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="ids up to 400, its model 400"):
         models.load(folder)
 
 

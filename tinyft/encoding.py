@@ -57,6 +57,11 @@ class EncodedExample:
         """Tokens of the longest row."""
         return max(map(len, self.rows))
 
+    @property
+    def highest_id(self) -> int:
+        """Of all tokens that the model reads or predicts."""
+        return max((*(int(row.max()) for row in self.rows), *self.choice_ids))
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:

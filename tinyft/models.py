@@ -24,7 +24,7 @@ from torch import nn
 
 from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
-from tinyft.data import Encoded
+from tinyft.data import Encoded, pad_id
 from tinyft.errors import InputError
 from tinyft.kernels import widened
 from tinyft.memory import bound_compiled_products
@@ -240,8 +240,17 @@ def check_rows(model: nn.Module, encoded: Encoded, *, for_prefix: bool = False) 
         for_prefix: a prefix will be put on the model, and takes positions.
 
     Raises:
-        InputError: a row is longer than the model's table of positions.
+        InputError: a row has a token that the model has no embedding for, or is longer than its
+            table of positions.
     """
+    known = model.get_input_embeddings().num_embeddings
+    for item in encoded.items:
+        if (highest := item.highest_id) >= known:
+            raise InputError(
+                f"{encoded.source} {item.line}: the tokenizer gives it the id {highest}, and the "
+                f"model has {known} embeddings. Leave that token out, or put the model's own "
+                f"tokenizer into its folder."
+            )
     positions = n_positions(model)
     if positions is None:
         return
@@ -488,8 +497,10 @@ def _from_pretrained(
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, source: Source) -> None:
+    """Tokens that were added may lie beyond the embeddings (Gemma 3's for images does): only rows
+    that have one cannot be read (`check_rows`). Padding is in nearly all batches."""
     rows = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.get_vocab().values(), default=0)
+    highest = max(tokenizer.vocab_size - 1, pad_id(tokenizer))
     if highest >= rows:
         raise InputError(
             f"The tokenizer of {source.ref} has ids up to {highest}, its model {rows} embeddings: "
