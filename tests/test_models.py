@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -526,6 +528,22 @@ def test_quiet_restores_logging(capfd):
     logging.getLogger("any").warning("shown")
     assert "hidden" not in capfd.readouterr().err
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_an_outline_downloads_no_weights(tiny_model_dir, tmp_path, monkeypatch):
+    whole, snapshot = tiny_model_dir("llama"), tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def hub(ref, allow_patterns, ignore_patterns):
+        for path in whole.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    assert models.outline("owner/name").dtype == "float32"
+    assert not (snapshot / "model.safetensors").exists()
+    assert torch.equal(logits(models.load("owner/name").model), logits(models.load(whole).model))
 
 
 @pytest.mark.hub
