@@ -29,7 +29,7 @@ from tinyft.errors import InputError
 from tinyft.examples import alpaca_prompt
 from tinyft.inputs import read_source
 from tinyft.losses import check_head, objective
-from tinyft.models import Loaded, kind_of, load, save_model
+from tinyft.models import Loaded, check_rows, kind_of, load, save_model
 from tinyft.optim import METHODS
 from tinyft.targets import device, gate, graphs, ort_training, packed_base
 from tinyft.targets.profiles import profile
@@ -235,6 +235,7 @@ def _prepared(config: TrainConfig) -> Job:
         objective="auto" if encoder else "lm",
         encoder=encoder,
     )
+    check_rows(loaded.model, encoded)
     loaded.model.set_attn_implementation("eager")  # whose backward is in plain operators
     batches = Batches(encoded, config.batch_size, seed=config.seed, pad_id=pad_id(loaded.tokenizer))
     packed = []

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from tinyft.checkpoint import write_directory_atomic
 from tinyft.errors import InputError
 from tinyft.models import load
-from tinyft.references import locate
+from tinyft.references import lineage
 from tinyft.targets import device, gate, graphs
 from tinyft.targets.packed_inference import export_packed
 
@@ -97,10 +97,8 @@ def export_inference(ref: str | Path, output: Path, *, int8: bool) -> dict[str, 
 
 def _is_packed(ref: str | Path) -> bool:
     """Whether a model, or what it was trained on, is one that RoSTE packed."""
-    source = locate(ref)
-    while source.form in ("adapter", "seed_log"):
-        source = locate(source.base)
-    return source.form == "packed"
+    *_, base = lineage(ref)
+    return base.form == "packed"
 
 
 def _quantised(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, int]]:

@@ -614,6 +614,21 @@ def test_encoders_classify_the_prompt(tiny_tokenizer, max_length):
         encode(Examples([*rows, other], unit="row"), tokenizer, max_length=9, encoder=True)
 
 
+def test_an_encoders_classes_keep_their_order(tiny_tokenizer):
+    def held_out(*classes, **given):
+        rows = [choices(options=(" great", " terrible")), choices(2)]
+        examples = Examples(rows, **given)
+        return encode(examples, tiny_tokenizer, max_length=9, encoder=True, classes=classes)
+
+    with pytest.raises(
+        InputError, match=r"1: choices .* not the model's classes, \['terrible', 'gr"
+    ):
+        held_out("terrible", "great")
+    kept = held_out("terrible", "great", skip_bad_rows=True)
+    assert [item.line for item in kept.items] == [2]
+    assert kept.labels == ("terrible", "great")
+
+
 # --- batches -------------------------------------------------------------------------------------
 
 

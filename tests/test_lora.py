@@ -85,6 +85,23 @@ def test_what_is_not_plain_lora_is_refused(tmp_path):
         adapters.load_adapter(build("llama"), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"init_lora_weights": "pissa"}, "pissa.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "olora.*path_initial_model_for_weight_conversion"),
+        (
+            {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"},
+            r"alora_invocation_tokens \[7, 8\].*train without",
+        ),
+    ],
+)
+def test_what_is_no_update_of_the_base_is_refused(options, message, tmp_path):
+    saved_by_peft(tmp_path, **options)
+    with pytest.raises(InputError, match=message):
+        adapters.load_adapter(build("llama"), tmp_path / "adapter")
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="No readable adapter"):
         adapters.load_adapter(build("llama"), tmp_path)

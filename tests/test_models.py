@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import CAUSAL, CONFIGS, SPECIAL, config_of
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from tinyft import models
 from tinyft.adapters import adapters
+from tinyft.data import Example, Examples, encode
 from tinyft.errors import InputError
 from tinyft.references import is_hub_id, locate, quiet
 
@@ -252,6 +261,29 @@ def test_a_full_disk_leaves_nothing(tiny_model_dir, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "bert", "roberta", "llama"]
+)
+@torch.no_grad()
+def test_positions_are_as_many_as_the_model_can_read(model_type):
+    """As long a row goes through, and one that is longer by a token does not."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    limit = {"n_positions": 12} if model_type == "openai-gpt" else {"max_position_embeddings": 12}
+    config = AutoConfig.for_model(model_type, **small, **limit, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    found = models.n_positions(model)
+    if model_type == "llama":
+        assert found is None
+        return
+
+    def read(n):
+        model(input_ids=torch.full((1, n), 5), attention_mask=torch.ones(1, n, dtype=torch.long))
+
+    read(found)
+    with pytest.raises((IndexError, RuntimeError)):
+        read(found + 1)
+
+
 # What was trained.
 
 
@@ -276,6 +308,25 @@ def test_peft_adapter(tiny_model_dir, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(loaded.model))
     assert models.kind_of(tmp_path / "adapter") == "causal"
+
+
+def test_peft_classifier_on_a_bare_encoder(tiny_tokenizer, tmp_path):
+    """How many classes it has is known from the head that is saved with the adapter."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    bare = AutoModel.from_config(config_of("bert"))
+    bare.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, task_type=TaskType.SEQ_CLS
+    )
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+        model = get_peft_model(model, config)
+        model.save_pretrained(tmp_path / "adapter")
+    loaded = models.load(tmp_path / "adapter")
+    assert (loaded.kind, loaded.num_labels) == ("encoder", 3)
+    torch.testing.assert_close(logits(loaded.model), logits(model))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -429,6 +480,32 @@ def test_a_tokenizer_of_another_model(tiny_model_dir, tiny_tokenizer):
         models.load(folder)
 
 
+def test_tokens_beyond_the_embeddings(tiny_model_dir, tiny_tokenizer):
+    """Of which a model may have some, as long as nobody uses them."""
+    folder, tokenizer = tiny_model_dir("llama"), copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(400 - len(tokenizer))])
+    tokenizer.add_tokens(["<image>"])
+    assert tokenizer.convert_tokens_to_ids("<image>") == 400  # which is the embeddings' number
+    tokenizer.save_pretrained(folder)
+    loaded = models.load(folder)
+
+    def check(**row):
+        row = Example(7, prompt="The film was", **row)
+        models.check_rows(loaded.model, encode(Examples([row]), loaded.tokenizer, max_length=64))
+
+    check(kind="completion", completion=" great <unused9>")
+    for row in (
+        {"kind": "completion", "completion": " <image>"},
+        {"kind": "choices", "choices": (" great", "<image>"), "answer": 0},
+    ):
+        with pytest.raises(InputError, match=r"line 7: .* the id 400, .* has 400 embed"):
+            check(**row)
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="ids up to 400, its model 400"):
+        models.load(folder)
+
+
 def test_all_wrong_options_at_once(tmp_path):
     with pytest.raises(InputError) as error:
         models.load(tmp_path, dtype="int3", base_bits=3)
@@ -451,6 +528,22 @@ def test_quiet_restores_logging(capfd):
     logging.getLogger("any").warning("shown")
     assert "hidden" not in capfd.readouterr().err
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_an_outline_downloads_no_weights(tiny_model_dir, tmp_path, monkeypatch):
+    whole, snapshot = tiny_model_dir("llama"), tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def hub(ref, allow_patterns, ignore_patterns):
+        for path in whole.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    assert models.outline("owner/name").dtype == "float32"
+    assert not (snapshot / "model.safetensors").exists()
+    assert torch.equal(logits(models.load("owner/name").model), logits(models.load(whole).model))
 
 
 @pytest.mark.hub

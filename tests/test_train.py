@@ -234,6 +234,20 @@ def test_overwrite_removes_the_run_and_nothing_else(configured, tmp_path):
     assert not {"adapter_model.safetensors", "steps.seedlog"} & names
 
 
+def test_overwrite_spares_what_the_model_is_made_of(configured, tmp_path):
+    loop.run(configured("full"))
+    adapter = {"model": str(tmp_path / "out"), "output": str(tmp_path / "adapter")}
+    loop.run(configured("lora", **adapter))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for model in (tmp_path / "out", tmp_path / "adapter"):
+        with pytest.raises(InputError, match=r"--overwrite would discard .*name another folder"):
+            loop.run(configured("lora", model=str(model), overwrite=True))
+    with pytest.raises(InputError, match="--overwrite would discard"):
+        loop.run(configured("lora", overwrite=True), loaded=load(tmp_path / "adapter"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    loop.run(configured("lora", **adapter, overwrite=True))  # a sibling's place is free
+
+
 def test_one_writer_at_a_time(configured, tmp_path):
     folder = tinyft.output.OutputFolder(tmp_path / "out")
     folder.open(configured())
@@ -385,6 +399,25 @@ def test_adapters_are_needed_for_a_packed_base(configured):
         configured("full", base_bits=4)
 
 
+@pytest.mark.parametrize("trainable, positions", [("all", 128), ("prefix", 123)])
+def test_rows_beyond_the_positions(tiny_model_dir, tiny_tokenizer, trainable, positions):
+    def row(n_tokens):  # the last is the end's
+        return {"text": tiny_tokenizer.decode([5] * (n_tokens - 1))}
+
+    values = {"model": str(tiny_model_dir("gpt2")), "method": "mezo", "trainable": trainable}
+    message = rf"line 2: {positions + 1} tokens, and the model has {positions} positions"
+    fits, long = [row(9), row(positions)], [row(9), row(positions + 1)]
+    tinyft.fit(**values, data=fits, eval_data=fits, steps=1, quiet=True)
+    for data, eval_data in ((long, fits), (fits, long)):
+        with pytest.raises(InputError, match=message):
+            tinyft.fit(**values, data=data, eval_data=eval_data, steps=1, quiet=True)
+        with pytest.raises(InputError, match=message):
+            tinyft.plan(**values, data=data, eval_data=eval_data)
+    if trainable == "all":
+        with pytest.raises(InputError, match=message):
+            tinyft.library.score(values["model"], long)
+
+
 # As a library.
 
 
@@ -413,6 +446,28 @@ def test_fit_on_an_encoder(tiny_model_dir, tmp_path):
     result = tinyft.fit(folder, data, method="full", steps=2, quiet=True, output=out)
     assert load(out).model.config.id2label == {0: "terrible", 1: "great"}
     assert result.report["eval"]["before"] is None
+    swapped = [
+        {**row, "choices": row["choices"][::-1], "answer": 1 - row["answer"]} for row in rows(8)
+    ]
+    with pytest.raises(InputError, match="not the model's classes"):
+        tinyft.fit(folder, data, method="full", eval_data=swapped, steps=2, quiet=True)
+
+
+def test_an_encoders_adapter_keeps_the_names_of_its_classes(tiny_model_dir, tmp_path):
+    fields = {"method": "lora", "steps": 1, "rank": 2, "quiet": True}
+    tinyft.fit(tiny_model_dir("bert"), rows(8), output=tmp_path / "out", **fields)
+    loaded = load(tmp_path / "out")
+    assert loaded.model.config.id2label == {0: "terrible", 1: "great"}
+    assert loaded.model.config.label2id == {"terrible": 0, "great": 1}
+    # What is known by name is not scored as something else.
+    for choices in ([" Great", " terrible"], [" terrible", " great", " fair"]):
+        with pytest.raises(InputError, match=r"are \['terrible', 'great'\], in this order"):
+            tinyft.library.score(loaded, [{**row, "choices": choices} for row in rows(4)])
+    one, other = (
+        tinyft.library.score(loaded, [{**row, "choices": choices} for row in rows(4)])
+        for choices in ([" terrible", " great"], ["bad", "good"])
+    )
+    assert one == other
 
 
 def test_fit_names_bad_arguments():

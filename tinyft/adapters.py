@@ -27,6 +27,8 @@ from tinyft.modules import is_plain_linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT puts before every name
+# Beginnings of A and B that PEFT takes out of the base, to which they are then no update.
+_OUT_OF_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _conv1d() -> type:
@@ -259,6 +261,21 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     return list(layers)
 
 
+def saved_classes(directory: Path) -> int | None:
+    """Outputs of the classification head that was saved with an adapter; None without one.
+
+    Of the matrices that are whole the last has the fewest rows.
+    """
+    try:
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            shapes = [
+                file.get_slice(name).get_shape() for name in file.keys() if "lora_" not in name
+            ]
+    except (OSError, SafetensorError):
+        return None
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter's configuration and tensors, or an InputError that says what to do."""
     if not (directory / WEIGHTS).is_file() and (directory / "adapter_model.bin").is_file():
@@ -274,6 +291,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(
             f"No readable adapter in {directory}: {error}. It needs {CONFIG} and {WEIGHTS}."
         ) from error
+    start = str(config.get("init_lora_weights")).lower()
+    tokens = config.get("alora_invocation_tokens")
     refused = [
         name
         for name, refuse in {
@@ -281,13 +300,23 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "DoRA": config.get("use_dora"),
             f"bias {config.get('bias')}": config.get("bias", "none") != "none",
             "layer replication": config.get("layer_replication"),
+            f"init_lora_weights {start}": start.startswith(_OUT_OF_BASE),
+            f"alora_invocation_tokens {tokens}": tokens,
         }.items()
         if refuse
     ]
     if refused:
+        way_out = "Merge it into its base with PEFT (merge_and_unload) and load the result."
+        if start.startswith(_OUT_OF_BASE):
+            way_out = (
+                "Save it again, where it was trained, with PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)."
+            )
+        if tokens:
+            way_out = "What acts only behind some tokens is no update of weights: train without."
         raise InputError(
             f"The adapter in {directory} has {', '.join(refused)}; plain LoRA is what can be read. "
-            f"Merge it into its base with PEFT (merge_and_unload) and load the result."
+            f"{way_out}"
         )
     return config, tensors
 

@@ -59,6 +59,11 @@ class EncodedExample:
         """Tokens of the longest row."""
         return max(map(len, self.rows))
 
+    @property
+    def highest_id(self) -> int:
+        """Of all tokens that the model reads or predicts."""
+        return max((*(int(row.max()) for row in self.rows), *self.choice_ids))
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -71,6 +76,7 @@ class Encoded:
         n_split: texts cut into windows; they lost nothing.
         labels: names of the classes.
         bad: rows left out here because they do not fit or cannot be used.
+        source: where the items' lines are counted, as errors say it ("train.jsonl, line").
     """
 
     items: list[EncodedExample]
@@ -79,6 +85,7 @@ class Encoded:
     n_split: int = 0
     labels: tuple[str, ...] = ()
     bad: list[BadRow] = field(default_factory=list)
+    source: str = "row"
 
     @property
     def n_tokens(self) -> int:
@@ -93,6 +100,7 @@ def encode(
     max_length: int,
     objective: str = "auto",
     encoder: bool = False,
+    classes: Sequence[str] = (),
 ) -> Encoded:
     """Tokenises examples and labels the tokens that carry loss.
 
@@ -111,6 +119,8 @@ def encode(
             "auto" is "choice" where all rows have choices and "lm" where none has.
         encoder: the model is a BERT-type encoder, which can only classify: a class is a choice,
             the input is the prompt, and all rows must offer the same choices.
+        classes: an encoder's, in the order of its outputs (`Encoded.labels` of what it was
+            trained on); those of the first row if there are none.
 
     Raises:
         InputError: an objective that the rows cannot serve, no chat template, or rows that do not
@@ -129,7 +139,7 @@ def encode(
     one, continuations = {
         "lm": (encoding.lm, _target),
         "choice": (encoding.choice, lambda example: example.choices),
-        "class": (partial(encoding.classify, examples), lambda example: ()),
+        "class": (partial(encoding.classify, examples, tuple(classes)), lambda example: ()),
     }[kind]
     items: list[EncodedExample] = []
     bad: list[BadRow] = []
@@ -144,8 +154,9 @@ def encode(
         kind=kind,
         n_truncated=encoding.n_truncated,
         n_split=encoding.n_split,
-        labels=_classes(examples.items[0]) if kind == "class" else (),
+        labels=(tuple(classes) or _classes(examples.items[0])) if kind == "class" else (),
         bad=bad,
+        source=f"{examples.source}, {examples.unit}",
     )
 
 
@@ -300,13 +311,20 @@ class _Encoding:
         return [self._fitted(example, "the longest choice", rows)]
 
     def classify(
-        self, examples: Examples, example: Example, prompt: list[int], joint: list[list[int]]
+        self,
+        examples: Examples,
+        classes: tuple[str, ...],
+        example: Example,
+        prompt: list[int],
+        joint: list[list[int]],
     ) -> list[EncodedExample]:
         first = examples.items[0]
-        if _classes(example) != _classes(first):
+        if _classes(example) != (classes or _classes(first)):
+            whose = "the model's classes" if classes else f"those of {examples.unit} {first.line}"
             raise UnusableRow(
-                f"choices {list(example.choices)} are not those of {examples.unit} {first.line}, "
-                f"{list(first.choices)}; an encoder needs the same classes everywhere"
+                f"choices {list(example.choices)} are not {whose}, "
+                f"{list(classes or first.choices)}; an encoder needs the same classes, in the same "
+                f"order, everywhere"
             )
         room = self.max_length - len(self.head) - len(self.tail)
         if room < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,12 +119,16 @@ def score(
     Returns:
         Loss and perplexity, or accuracy and F1 by the likelihood of the choices; with `generate`,
         `exact_match`, `rouge1`, `rouge2`, `rougeL` and `samples` as well.
+
+    Raises:
+        InputError: naming what is wrong with model, rows or options; an encoder's classes that are
+            not the rows'.
     """
     import torch
 
     from tinyft.data import encode
     from tinyft.evaluate import evaluate, generate_and_score
-    from tinyft.models import load
+    from tinyft.models import check_rows, load
 
     if threads:
         torch.set_num_threads(threads)
@@ -138,6 +143,9 @@ def score(
     if generate and encoder:
         raise InputError(f"{loaded.ref} is an encoder, which classifies: leave --generate out.")
     encoded = encode(examples, loaded.tokenizer, max_length=max_length, encoder=encoder)
+    check_rows(loaded.model, encoded)
+    if encoder:
+        _check_classes(loaded, encoded.labels)
     found = dict(evaluate(loaded.model, loaded.tokenizer, encoded, batch_size=batch_size))
     if generate:
         left_out = {row.line for row in encoded.bad}
@@ -150,6 +158,21 @@ def score(
             max_new_tokens=max_new_tokens,
         )
     return found
+
+
+def _check_classes(loaded: Any, asked: Sequence[str]) -> None:
+    """Refuse rows of more or fewer classes than an encoder has, or of the same in another order.
+
+    Other names than the model's may stand for its classes: many checkpoints call them LABEL_0, ...
+    """
+    named = loaded.model.config.id2label
+    own = [named[i] for i in sorted(named)]
+    here, there = ([name.strip().casefold() for name in names] for names in (asked, own))
+    if len(here) != len(there) or (here != there and sorted(here) == sorted(there)):
+        raise InputError(
+            f"The rows offer the choices {list(asked)}, and the classes of {loaded.ref} are {own}, "
+            f"in this order: write choices and answers of the rows accordingly."
+        )
 
 
 def merge(source: str | Path, output: str | Path, *, dtype: str = "auto") -> None:
@@ -200,7 +223,7 @@ def pack(config: TrainConfig) -> dict[str, int]:
     """
     from tinyft.data import Batches, encode, pad_id
     from tinyft.losses import objective
-    from tinyft.models import load
+    from tinyft.models import check_rows, load
     from tinyft.optim.roste import RoSTE
     from tinyft.rotated import artefact
 
@@ -216,6 +239,7 @@ def pack(config: TrainConfig) -> dict[str, int]:
         max_length=config.max_length,
         encoder=loaded.kind == "encoder",
     )
+    check_rows(loaded.model, encoded)
     batches = Batches(encoded, config.batch_size, seed=config.seed, pad_id=pad_id(loaded.tokenizer))
     optimizer = RoSTE.attach(loaded.model, config)
     loss = objective(encoded.kind)

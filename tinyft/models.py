@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from torch import nn
 
 from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
+from tinyft.data import Encoded, pad_id
 from tinyft.errors import InputError
 from tinyft.kernels import widened
 from tinyft.memory import bound_compiled_products
 from tinyft.packing import pack
-from tinyft.references import Source, explained, locate, quiet
+from tinyft.references import Source, explained, lineage, locate, quiet
 
 SEED_LOG = "steps.seedlog"
 DTYPES = {
@@ -142,10 +143,8 @@ def load(
 
 def kind_of(ref: str | Path) -> str:
     """`"causal"` or `"encoder"`, from the configuration alone (no weights are read)."""
-    source = locate(ref)
-    if source.form in ("adapter", "seed_log"):
-        return kind_of(source.base)
-    return _kind(_read_config(source), source)
+    *_, base = lineage(ref)
+    return _kind(_read_config(base), base)
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,66 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.base_model
 
 
+def n_positions(model: nn.Module) -> int | None:
+    """The most tokens of a row, where a model looks its positions up in a table that was learnt;
+    None where it computes them."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and re.search(r"(^|\.)(wpe|embed_positions|positions?_\w+)$", name)
+    ]
+    taken = model.prefix.weight.shape[0] if prefix.is_attached(model) else 0
+    # OPT's and BioGPT's tables begin with rows for nobody, RoBERTa's with those up to padding's.
+    return min(
+        (
+            table.num_embeddings
+            - (getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1)
+            - taken
+            for table in tables
+        ),
+        default=None,
+    )
+
+
+def check_rows(model: nn.Module, encoded: Encoded, *, for_prefix: bool = False) -> None:
+    """Refuse rows that a model cannot read.
+
+    Args:
+        for_prefix: a prefix will be put on the model, and takes positions.
+
+    Raises:
+        InputError: a row has a token that the model has no embedding for, or is longer than its
+            table of positions.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    for item in encoded.items:
+        if (highest := item.highest_id) >= known:
+            raise InputError(
+                f"{encoded.source} {item.line}: the tokenizer gives it the id {highest}, and the "
+                f"model has {known} embeddings. Leave that token out, or put the model's own "
+                f"tokenizer into its folder."
+            )
+    positions = n_positions(model)
+    if positions is None:
+        return
+    positions -= prefix.TOKENS if for_prefix else 0
+    longest = max(encoded.items, key=lambda item: item.length)
+    if longest.length > positions:
+        beside = " beside its prefix" if for_prefix or prefix.is_attached(model) else ""
+        raise InputError(
+            f"{encoded.source} {longest.line}: {longest.length} tokens, and the model has "
+            f"{positions} positions{beside}. Give --max-length {positions}."
+        )
+
+
+def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
+    """Write the names of an encoder's classes into its configuration; without names, nothing."""
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: i for i, name in enumerate(labels)}
+
+
 def head(model: nn.Module) -> nn.Module:
     """What turns hidden states into logits: a language-model head or a classifier."""
     if (output := model.get_output_embeddings()) is not None:
@@ -252,6 +311,8 @@ def _load_trained(
     made = source.manifest
     wanted = dtype
     num_labels = made.get("num_labels", num_labels)
+    if num_labels is None and source.form == "adapter":  # PEFT's, which says so by its head alone
+        num_labels = adapters.saved_classes(source.path)
     seed = made.get("seed", seed)
     if source.form == "seed_log":  # bits follow from the arithmetic that wrote the log
         dtype = made.get("dtype", dtype)
@@ -279,6 +340,7 @@ def _load_trained(
         from tinyft.optim.mezo import replay
 
         replay(model, source.path / SEED_LOG)
+    name_classes(model, made.get("labels", ()))
     if base.base_bits == 16:
         adapters.merge(model)
     if wanted not in ("auto", base.dtype):
@@ -357,7 +419,7 @@ def _num_labels(config: Any, source: Source, num_labels: int | None) -> int:
     if num_labels is None and not trained:
         raise InputError(
             f"{source.ref} is an encoder without a classification head. Train it on rows with "
-            f"choices, which say how many classes there are, or pass num_labels."
+            f"choices, which say how many classes there are."
         )
     return config.num_labels if num_labels is None else num_labels
 
@@ -435,8 +497,10 @@ def _from_pretrained(
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, source: Source) -> None:
+    """Tokens that were added may lie beyond the embeddings (Gemma 3's for images does): only rows
+    that have one cannot be read (`check_rows`). Padding is in nearly all batches."""
     rows = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.get_vocab().values(), default=0)
+    highest = max(tokenizer.vocab_size - 1, pad_id(tokenizer))
     if highest >= rows:
         raise InputError(
             f"The tokenizer of {source.ref} has ids up to {highest}, its model {rows} embeddings: "

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from tinyft.budget import Budget
 from tinyft.config import TrainConfig
 from tinyft.data import encode
@@ -20,7 +22,7 @@ from tinyft.evidence import worth
 from tinyft.inputs import read_source
 from tinyft.machine import Machine, import_libraries, this_machine
 from tinyft.memory import anonymous_bytes, trim
-from tinyft.models import outline
+from tinyft.models import check_rows, outline
 from tinyft.optim import METHODS
 from tinyft.parallel import in_parallel
 from tinyft.planner import (
@@ -284,10 +286,15 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
     encoded = []
     for name in ("data", "eval_data"):
         examples, _ = read_source(getattr(config, name), rows.get(name), config.skip_bad_rows)
-        objective = config.objective if name == "data" else "auto"
-        encoded.append(examples and encode(examples, model.tokenizer, objective=objective, **shape))
+        role = {"objective": config.objective} if not encoded else {"classes": encoded[0].labels}
+        encoded.append(examples and encode(examples, model.tokenizer, **role, **shape))
     trim()
-    return Job(model, *encoded, process_bytes=max(0, anonymous_bytes() - before))
+    process_bytes = max(0, anonymous_bytes() - before)
+    with torch.device("meta"):
+        shapes = model.build(model.dtype)
+    for part in filter(None, encoded):
+        check_rows(shapes, part, for_prefix=config.trainable == "prefix")
+    return Job(model, *encoded, process_bytes=process_bytes)
 
 
 def _cost(found: Trace, config: TrainConfig, job: Job, machine: Machine) -> Cost:

@@ -1,7 +1,7 @@
 """What a model reference is: a name, a hub id, a folder, a GGUF file, or something trained on one.
 
-`locate` only looks: it downloads what a name or a hub id means, but reads no weights, and never
-opens a pickle.
+`locate` only looks: it downloads what a name or a hub id means (without weights, where nobody asks
+for them), but reads no weights, and never opens a pickle.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def locate(ref: str | Path, *, weights: bool = True) -> Source:
 
     Args:
         ref: see the module.
-        weights: a folder without any will not do.
+        weights: a folder without any will not do; else a model's are not downloaded.
 
     Raises:
         InputError: nothing there; a folder without a model; only pickles; no hub reached.
@@ -77,11 +77,19 @@ def locate(ref: str | Path, *, weights: bool = True) -> Source:
     if path.exists():
         return _inspect(ref, path.resolve(), weights)
     if is_hub_id(ref):
-        return _inspect(ref, _from_hub(ref))
+        return _inspect(ref, _from_hub(ref, weights), weights)
     raise InputError(
         f"There is no model at {ref}. Give a folder of safetensors, a GGUF file, a hub id "
         f"(owner/name), or a built-in name: {', '.join(assets.MODELS)}."
     )
+
+
+def lineage(ref: str | Path) -> Iterator[Source]:
+    """Where a reference leads, then what that was trained on, and so on to a whole model."""
+    source = locate(ref)
+    yield source
+    if source.form in ("adapter", "seed_log"):
+        yield from lineage(source.base)
 
 
 def is_hub_id(ref: str) -> bool:
@@ -90,10 +98,11 @@ def is_hub_id(ref: str) -> bool:
     return bool(shape) and Path(ref).suffix not in _WEIGHTS and not Path(ref).exists()
 
 
-def _from_hub(ref: str) -> Path:
+def _from_hub(ref: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    large = "*.safetensors" if weights else "adapter_model.safetensors"
+    wanted = ["*.json", large, "*.model", "*.txt", "*.jinja"]
     unwanted = ["*/*", "consolidated*.safetensors"]  # the same weights in other formats
     try:
         return Path(snapshot_download(ref, allow_patterns=wanted, ignore_patterns=unwanted))

@@ -24,6 +24,7 @@ from tinyft.interrupt import Stopped, StopSignals
 from tinyft.memory import PeakMeter, human, trim
 from tinyft.output import OutputFolder
 from tinyft.progress import Reporter, Step, TensorBoardReporter, check_tensorboard
+from tinyft.references import lineage
 from tinyft.report import build_report
 from tinyft.schedule import SavingClock, learning_rate, step_seed
 
@@ -111,7 +112,7 @@ class _Session:
         from tinyft.data import Batches, encode, pad_id
         from tinyft.kernels import dispatch
         from tinyft.losses import objective_of
-        from tinyft.models import load
+        from tinyft.models import check_rows, load, name_classes
         from tinyft.optim import METHODS
 
         config = self.config
@@ -159,10 +160,12 @@ class _Session:
 
         shape = {"max_length": config.max_length, "encoder": loaded.kind == "encoder"}
         encoded = encode(train, self.tokenizer, objective=config.objective, **shape)
-        self.held_out = held_out and encode(held_out, self.tokenizer, **shape)
-        if encoded.kind == "class":
-            self.model.config.id2label = dict(enumerate(encoded.labels))
-            self.model.config.label2id = {name: i for i, name in enumerate(encoded.labels)}
+        self.held_out = held_out and encode(
+            held_out, self.tokenizer, classes=encoded.labels, **shape
+        )
+        for part in filter(None, (encoded, self.held_out)):
+            check_rows(self.model, part, for_prefix=config.trainable == "prefix")
+        name_classes(self.model, encoded.labels)
         self.objective = objective_of(config.objective, encoded.kind)
         self.batches = Batches(
             encoded,
@@ -233,11 +236,24 @@ class _Session:
                 problems.append(str(error))
         try:
             kind = loaded.kind if loaded else kind_of(self.config.model)
+            self.check_overwrite(loaded.base_ref if loaded else self.config.model)
         except InputError as error:
             problems.append(str(error))
         if problems:
             raise InputError("\n".join(problems))
         return *found, kind == "encoder"
+
+    def check_overwrite(self, ref: str) -> None:
+        """What begins a run must outlive it: an adapter or a seed log is nothing without its base,
+        and a base that is mapped from a file is read until the end."""
+        if not (self.folder and self.config.overwrite and Path(ref).expanduser().exists()):
+            return
+        output = self.folder.directory.resolve()
+        if output in (source.path for source in lineage(ref)):
+            raise InputError(
+                f"--overwrite would discard the run in --output {self.folder.directory}, and "
+                f"--model {ref} is made of it: name another folder."
+            )
 
     def check_data(self) -> None:
         """To resume: the data must be what the run began with."""

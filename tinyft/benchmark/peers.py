@@ -67,7 +67,7 @@ def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
     model, tokenizer = loaded.model, loaded.tokenizer
     shape = {"max_length": config.max_length, "encoder": encoder}
     encoded = encode(train, tokenizer, objective=config.objective, **shape)
-    held_out = encode(test, tokenizer, **shape)
+    held_out = encode(test, tokenizer, classes=encoded.labels, **shape)
     per_step = config.batch_size * config.grad_accumulation
     batches = Batches(encoded, per_step, seed=config.seed, pad_id=pad_id(tokenizer))
     device = next(model.parameters()).device
