@@ -173,8 +173,10 @@ def _values(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     last = layers[0] | given
     if last.get("resume") and last.get("output"):
         saved = OutputFolder(Path(last["output"])).saved_config()
-        if last.get("method", saved.get("method")) == saved.get("method"):
-            layers.insert(0, saved)
+        if saved and last.get("method", "auto") in ("auto", saved["method"]):
+            # The method stays, however it was chosen.
+            own = [{k: v for k, v in layer.items() if k != "method"} for layer in layers]
+            layers = [saved, *own]
     values: dict[str, Any] = {}
     for layer in layers:
         # The two ways to say how long exclude each other; the later layer's way holds.

@@ -75,15 +75,15 @@ class Planned:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Flat values for `TrainConfig.build`.
+        """Flat values for `TrainConfig.build`, also on top of those that were planned for.
 
         Raises:
             BudgetError: nothing fits; it says what comes nearest.
         """
         if self.plan.chosen is None:
             raise BudgetError(self._nothing_fits())
-        config = {k: v for k, v in self.plan.chosen.setting.config.items() if k != "epochs"}
-        return {**config, "steps": self.plan.chosen.steps}
+        chosen = self.plan.chosen
+        return {**chosen.setting.config, "steps": chosen.steps, "epochs": None}
 
     def _nothing_fits(self) -> str:
         """What comes nearest, and what would be enough."""
