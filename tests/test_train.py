@@ -301,9 +301,43 @@ def test_a_longer_constant_run_goes_on(configured, tmp_path):
     assert longer.report["train"] == whole.report["train"]
     log = [(tmp_path / name / "steps.seedlog").read_bytes() for name in ("whole", "out")]
     assert log[0] == log[1]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(InputError, match="already done 6 steps"):
         loop.run(configured("mezo", steps=5, resume=True))
-    assert (tmp_path / "out" / "steps.seedlog").read_bytes() == log[0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+def test_fewer_steps_than_an_unfinished_run_has_done(configured, monkeypatch, tmp_path, method):
+    fields = {"schedule": "constant", "checkpoint_every": 1, "steps": 6}
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(configured(method, **fields))
+    with pytest.raises(InputError, match="already done 3 steps, more than the 2 asked for"):
+        loop.run(configured(method, resume=True, **{**fields, "steps": 2}))
+    assert tinyft.config.read_yaml(tmp_path / "out" / "config.yaml")["steps"] == 6
+
+
+def test_a_kill_as_a_run_begins_to_grow(configured, monkeypatch, tmp_path):
+    """It is finished as it was, or asked for its length again; never is the old report new."""
+    loop.run(configured("mezo"))
+    for name in ("unlink", "replace"):
+        loop.run(configured("mezo", overwrite=True))
+        original = getattr(Path, name)
+
+        def killed(self, *args, name=name, original=original, **kwargs):
+            if {"report.json", "config.yaml"} & {Path(p).name for p in (self, *args)}:
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(configured("mezo", steps=6, resume=True))
+        assert tinyft.config.read_yaml(tmp_path / "out" / "config.yaml")["steps"] == 4
+        longer = loop.run(configured("mezo", steps=6, resume=True)).report
+        assert longer["measured"]["steps"] == 6
 
 
 def test_a_longer_run_of_a_gradient_method(configured):

@@ -136,10 +136,12 @@ class OutputFolder:
         """
         if not resuming:
             self.clear()
-        self._save_config(config)
+            self._save_config(config)
         self.save_info(info)
         self.report.unlink(missing_ok=True)
         self.manifest.unlink(missing_ok=True)
+        if resuming:  # last: a kill before it leaves the run as it was, and so to be asked again
+            self._save_config(config)
 
     def _save_config(self, config: TrainConfig) -> None:
         import yaml
@@ -202,11 +204,20 @@ class OutputFolder:
             fsync_path(self.metrics)
         state.save(self.checkpoint)
 
+    @property
+    def steps_done(self) -> int:
+        """Those that a resumed run finds done, in the checkpoint or in the log."""
+        from tinyft.zeroth.seed_log import SeedLog
+
+        state = self.checkpoint / "state.json"
+        if state.is_file():
+            return json.loads(state.read_text())["step"]
+        return SeedLog.open(self.log).steps if self.log.is_file() else 0
+
     def saved_so_far(self) -> str:
         """A sentence on what a run that breaks off now leaves."""
         if (self.checkpoint / "state.json").is_file():
-            step = json.loads((self.checkpoint / "state.json").read_text())["step"]
-            return f"The checkpoint of step {step} is intact."
+            return f"The checkpoint of step {self.steps_done} is intact."
         if self.log.is_file():
             return "The log of the steps so far is intact."
         return "No checkpoint had been written yet."

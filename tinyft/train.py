@@ -172,6 +172,8 @@ class _Session:
         )
         self.total = config.steps or max(1, round(config.epochs * len(self.batches)))
         self.say_data(train, encoded)
+        if self.resuming:
+            self.check_length()
 
         # Only now, with all input read and found good, does anything in the folder change.
         if self.folder:
@@ -257,6 +259,15 @@ class _Session:
         if self.changed - {"memory"}:
             self.memo.pop("stop", None)
 
+    def check_length(self) -> None:
+        """To resume: no fewer steps than are done."""
+        assert self.folder is not None
+        if (done := self.folder.steps_done) > self.total:
+            raise InputError(
+                f"The run has already done {done} steps, more than the {self.total} asked for: "
+                f"leave --steps and --epochs out, or ask for more."
+            )
+
     @property
     def memo(self) -> dict[str, Any]:
         """What the budget led to, as run.json keeps it, so that a resumed run does the same:
@@ -309,11 +320,6 @@ class _Session:
             if self.loaded.kind == "causal":
                 check_head(self.model)  # once, here, so that no step's FLOPs include it
             start = self.restore(optimizer)
-        if start > self.total:
-            raise InputError(
-                f"The run has already done {start} steps, more than the {self.total} asked for: "
-                f"leave --steps and --epochs out, or ask for more."
-            )
         self.fit_memory(start)
         self.plan_end(method)
         self.reporter.begin(self.total, start)
