@@ -256,11 +256,15 @@ def test_time_that_is_over_before_the_first_step(configured, clock):  # noqa: F8
     assert report["measured"]["steps"] == 4 and report["stopped_by"] is None
 
 
-@pytest.mark.parametrize("method", ["lora", "mezo", "green_trainer"])
+@pytest.mark.parametrize("method", ["lora", "mezo", "green_trainer", "sparse_lora"])
 def test_flops_go_on_being_counted_after_a_kill(configured, monkeypatch, tmp_path, method):  # noqa: F811
     fields = {"steps": 8, "schedule": "cosine", "checkpoint_every": 2}
     if method == "green_trainer":
         fields |= {"rho": 1.0, "reselect": 3}
+    if method == "sparse_lora":
+        (tmp_path / "s.yaml").write_text("ffn: {0: 0.5, 1: 0.5}")
+        fields |= {"sparsity": str(tmp_path / "s.yaml"), "start_step": 0}
+        fields |= {"sparse_tokens": "all"}  # or so small a model is dense
     if method == "mezo":
         fields |= {"momentum": 0.5}
     loop.run(configured(method, output=str(tmp_path / "all"), **fields))

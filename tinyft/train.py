@@ -454,8 +454,7 @@ class _Session:
             group["lr"] = lr
         torch.manual_seed(step_seed(self.config.seed, step))
         loss = flops.step(
-            (*(part.signature for part in batch.split(optimizer.n_parts)), optimizer.cost_key()),
-            lambda: optimizer.step(self.loss, batch),
+            optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch)
         )
         check_finite(loss, step + 1)
         return float(loss), lr, batch

@@ -33,6 +33,9 @@ class ExpandableBatch(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def signature(self) -> Hashable: ...
+
     def repeat(self, copies: int) -> ExpandableBatch: ...
 
     def split(self, parts: int) -> list[ExpandableBatch]: ...
@@ -191,9 +194,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         return 0
 
-    def cost_key(self) -> Hashable:
-        """Before a step: steps with equal keys, on parts of equal shape, cost equal FLOPs."""
-        return None
+    def cost_key(self, batch: ExpandableBatch) -> Hashable:
+        """Before a step on a batch: steps with equal keys cost equal FLOPs."""
+        return tuple(part.signature for part in batch.split(self.n_parts))
 
     @property
     def period(self) -> int:
