@@ -119,6 +119,7 @@ BAD = {
         "--eps 1e-3",
         ["--eps belongs to mezo and roste_mezo, not to lora"],
     ),
+    "no device": (None, "--device gpu", ["--device gpu is unknown: auto, cpu, cuda or cuda:N"]),
     "no GPU": (None, "--device cuda:99", ["--device cuda:99"]),
     "eval data": (None, "--eval-data nix.csv", ["nix.csv does not exist"]),
     "output is a file": (None, "--output train.jsonl", ["--output train.jsonl is a file"]),
