@@ -531,6 +531,7 @@ def _fill_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fine-tune SmolLM2-135M on film-review sentiment within ten minutes."
     parser.add_argument("--method", default="lora", help="lora, full or mezo (default: lora)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="(runs/demo)")
+    parser.add_argument("--overwrite", action="store_true", help="discard what --output holds")
     parser.add_argument("--steps", type=_positive, help="(default: the method's own)")
     parser.add_argument("--json", action="store_true", help="JSON lines on standard output")
     parser.set_defaults(run=_demo)
@@ -539,7 +540,13 @@ def _fill_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from tinyft.demo import demo
 
-    demo(arguments.method, arguments.output, steps=arguments.steps, as_json=arguments.json)
+    demo(
+        arguments.method,
+        arguments.output,
+        steps=arguments.steps,
+        overwrite=arguments.overwrite,
+        as_json=arguments.json,
+    )
     return 0
 
 
