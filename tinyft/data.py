@@ -14,7 +14,7 @@ Example:
 from __future__ import annotations
 
 from tinyft.batches import Batch, Batches, collate
-from tinyft.encoding import Encoded, EncodedExample, encode, pad_id
+from tinyft.encoding import Encoded, EncodedExample, encode, held_out_objective, pad_id
 from tinyft.examples import FORMATS, BadRow, Example, Examples, read_examples
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Examples",
     "collate",
     "encode",
+    "held_out_objective",
     "pad_id",
     "read_examples",
 ]

@@ -146,6 +146,13 @@ def encode(
     )
 
 
+def held_out_objective(examples: Examples, objective: str) -> str:
+    """What held-out rows are scored by in a run with an objective: what suits them, as for "auto",
+    or where only some of them have choices the run's own."""
+    kinds = [example.kind == "choices" for example in examples.items]
+    return objective if any(kinds) and not all(kinds) else "auto"
+
+
 def pad_id(tokenizer: Any) -> int:
     """A token to pad with. Any will do, since padding is masked; many tokenizers name none."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):

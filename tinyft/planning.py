@@ -14,7 +14,7 @@ from typing import Any
 
 from tinyft.budget import Budget
 from tinyft.config import TrainConfig
-from tinyft.data import encode
+from tinyft.data import encode, held_out_objective
 from tinyft.errors import BudgetError, InputError
 from tinyft.evidence import worth
 from tinyft.inputs import read_source
@@ -284,7 +284,9 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
     encoded = []
     for name in ("data", "eval_data"):
         examples, _ = read_source(getattr(config, name), rows.get(name), config.skip_bad_rows)
-        objective = config.objective if name == "data" else "auto"
+        objective = config.objective
+        if examples and name == "eval_data":
+            objective = held_out_objective(examples, objective)
         encoded.append(examples and encode(examples, model.tokenizer, objective=objective, **shape))
     trim()
     return Job(model, *encoded, process_bytes=max(0, anonymous_bytes() - before))
