@@ -8,7 +8,7 @@ must provide.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -55,14 +55,6 @@ def register(name: str) -> Callable[[_C], _C]:
         return cls
 
     return decorate
-
-
-def option_help(options: type) -> dict[str, tuple[Any, Any, str]]:
-    """`{field: (type, default, help)}` of an options dataclass, for deriving flags."""
-    return {
-        f.name: (f.type, None if f.default is MISSING else f.default, f.metadata.get("help", ""))
-        for f in fields(options)
-    }
 
 
 class Optimizer(torch.optim.Optimizer):
