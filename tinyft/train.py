@@ -28,6 +28,7 @@ from tinyft.report import build_report
 from tinyft.schedule import SavingClock, learning_rate, step_seed
 
 _NEAR = 0.95  # of the limit on memory
+_FITTED = ("probed_bytes", "eval_batch_size")  # of the memo: known where the limit is kept to
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Session:
     def run(self, loaded: Any, rows: Mapping[str, Any]) -> Result:
         import torch
 
-        from tinyft.data import Batches, encode, pad_id
+        from tinyft.data import Batches, encode, held_out_objective, pad_id
         from tinyft.kernels import dispatch
         from tinyft.losses import objective_of
         from tinyft.models import load
@@ -159,7 +160,10 @@ class _Session:
 
         shape = {"max_length": config.max_length, "encoder": loaded.kind == "encoder"}
         encoded = encode(train, self.tokenizer, objective=config.objective, **shape)
-        self.held_out = held_out and encode(held_out, self.tokenizer, **shape)
+        if held_out:
+            objective = held_out_objective(held_out, config.objective)
+            held_out = encode(held_out, self.tokenizer, objective=objective, **shape)
+        self.held_out = held_out
         if encoded.kind == "class":
             self.model.config.id2label = dict(enumerate(encoded.labels))
             self.model.config.label2id = {name: i for i, name in enumerate(encoded.labels)}
@@ -181,7 +185,6 @@ class _Session:
             if config.tensorboard:
                 self.reporter = TensorBoardReporter(self.reporter, self.folder.tensorboard)
         if self.must_fit("eval_batch_size"):
-            self.memo.pop("eval_batch_size", None)
             self.fit_evaluation()
         if self.info.get("before") is None and self.held_out:
             self.info["before"] = self.score("before")
@@ -258,6 +261,9 @@ class _Session:
         self.guard.evaluation_s = self.memo.get("evaluation_s", 0.0)
         if self.changed - {"memory"}:
             self.memo.pop("stop", None)
+        if "memory" in self.changed:  # forgotten before the new limit is written down
+            for name in _FITTED:
+                self.memo.pop(name, None)
 
     def check_length(self) -> None:
         """To resume: no fewer steps than are done."""
@@ -453,9 +459,7 @@ class _Session:
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(step_seed(self.config.seed, step))
-        loss = flops.step(
-            optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch)
-        )
+        loss = flops.step(optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch))
         check_finite(loss, step + 1)
         return float(loss), lr, batch
 
@@ -546,7 +550,7 @@ class _Session:
     def fit_memory(self, start: int) -> None:
         """Find the quickest way to take steps within the limit, by trying the longest batch; when
         resuming, what was found before holds."""
-        if not self.must_fit("settings"):
+        if not self.must_fit("probed_bytes"):
             return
         batch = self.batches[0].to(self.meter.device)
         kept = 0
@@ -575,9 +579,8 @@ class _Session:
         self.note()
 
     def must_fit(self, name: str) -> bool:
-        """Whether there is a limit on memory, and not what fits it."""
-        known = name in self.memo and "memory" not in self.changed
-        return self.limit_bytes is not None and not known
+        """Whether there is a limit on memory, and not what fits it (one of `_FITTED`)."""
+        return self.limit_bytes is not None and name not in self.memo
 
     def probed(self, function: Callable[[], int]) -> float:
         """The peak of memory meanwhile and what it returns; infinite if there was not enough."""
