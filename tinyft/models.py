@@ -469,7 +469,7 @@ def save_model(model: nn.Module, tokenizer: Any, directory: str | Path) -> None:
     without which it is no model, goes first and comes last.
 
     Raises:
-        InputError: the weights are packed or are not all of the model; the disk is full or cannot be
+        InputError: the weights are packed, or not all of the model; the disk is full or cannot be
             written.
     """
     if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
