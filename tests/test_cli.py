@@ -119,6 +119,7 @@ BAD = {
         "--eps 1e-3",
         ["--eps belongs to mezo and roste_mezo, not to lora"],
     ),
+    "no device": (None, "--device gpu", ["--device gpu is unknown: auto, cpu, cuda or cuda:N"]),
     "no GPU": (None, "--device cuda:99", ["--device cuda:99"]),
     "eval data": (None, "--eval-data nix.csv", ["nix.csv does not exist"]),
     "output is a file": (None, "--output train.jsonl", ["--output train.jsonl is a file"]),
@@ -252,6 +253,32 @@ def test_resume_needs_nothing_but_the_folder(place, capfd):
     assert "3 steps" in capfd.readouterr().out
     assert "lr was" in failing("train --output out --resume --lr 1", capfd)
     assert "method was mezo, is lora" in failing(f"{TRAIN} --method lora --resume", capfd)
+
+
+def test_a_plan_says_how_long(place, monkeypatch):
+    """Also where that was given as passes over the data: 16 rows, twice, 4 a step."""
+    from tinyft.config import as_flag
+    from tinyft.planning import make_plan
+
+    plan = lambda values, show: make_plan(values, spell=as_flag).config  # noqa: E731
+    monkeypatch.setattr(cli, "_planned", plan)  # without a process of its own
+    flags = "--method lora --dtype float32 --base-bits 16 --batch-size 4 --epochs 2 --memory 64GiB"
+    assert tinyft(f"train --model base --data train.jsonl --output out {flags}") == 0
+    saved = json.loads((place / "out" / "report.json").read_text())["config"]
+    assert (saved["steps"], saved["epochs"], saved["memory"]) == (8, None, "64GiB")
+
+
+def test_only_a_run_that_is_there_needs_no_plan(place, capfd, monkeypatch):
+    def plan(values, show):
+        raise cli.InputError("It is planned.")
+
+    monkeypatch.setattr(cli, "_planned", plan)
+    new = "train --model base --data train.jsonl --output out --memory 64GiB --resume"
+    assert "It is planned" in failing(new, capfd)
+    assert "It is planned" in failing(f"{new} --method auto", capfd)
+    assert tinyft(f"{TRAIN} --method mezo") == 0
+    assert tinyft("train --output out --resume --method auto") == 0
+    assert tinyft("train --output out --resume --memory 64GiB") == 0
 
 
 def test_debug_raises(place):

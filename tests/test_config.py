@@ -120,6 +120,8 @@ def test_what_is_missing():
         ({"method": "full", "base_bits": 4}, "--base-bits 4 keeps the base frozen"),
         ({"method": "mezo", "base_bits": 8}, "--base-bits 8 keeps the base frozen"),
         ({"method": "full", "resume": True, "overwrite": True}, "exclude each other"),
+        ({"method": "mezo", "trainable": "lora", "dropout": 0.1}, "--dropout is for methods with"),
+        ({"method": "lora", "eval_every": 5}, "--eval-every needs --eval-data"),
         ({"method": "full", "lr": "fast"}, "--lr fast: must be a valid number"),
         ({"method": "full", "schedule": "linear"}, "--schedule linear: must be 'constant' or"),
     ],
@@ -127,6 +129,11 @@ def test_what_is_missing():
 def test_conflicts(values, expected):
     with pytest.raises(InputError, match=expected):
         build(**values)
+
+
+def test_defaults_are_no_conflicts():
+    assert build(method="mezo", trainable="lora", dropout=0.0).dropout == 0.0
+    assert build(method="lora", dropout=0.1, eval_every=5, eval_data="e.jsonl").eval_every == 5
 
 
 def test_none_means_not_given_except_where_it_is_a_value():

@@ -58,4 +58,19 @@ def test_unknown_method(tiny_demo, capfd):
 def test_another_demo_in_the_same_folder_is_refused(tiny_demo, capfd):
     assert cli.main(["demo", "--method", "mezo", "--steps", "1"]) == 0
     assert cli.main(["demo", "--method", "lora", "--steps", "1"]) == 2
-    assert "holds a finished run" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "holds a finished run" in error and "--resume" not in error
+    assert cli.main(["demo", "--method", "lora", "--steps", "2", "--overwrite"]) == 0
+
+
+def test_only_what_was_tried_has_rates_of_its_own(tiny_demo, monkeypatch):
+    rates = {}
+
+    def run(config, reporter):
+        rates[config.method] = config.lr
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinyft.train.run", run)
+    for method in ("lora", "green_trainer", "roste", "roste_mezo"):
+        assert cli.main(["demo", "--method", method]) == 130
+    assert rates == {"lora": 5e-4, "green_trainer": None, "roste": None, "roste_mezo": None}

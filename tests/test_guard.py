@@ -28,6 +28,7 @@ from tinyft.progress import Reporter
 
 ARTEFACTS = {
     "lora": "adapter_model.safetensors",
+    "sparse_lora": "adapter_model.safetensors",
     "full": "model.safetensors",
     "mezo": "steps.seedlog",
     "green_trainer": "model.safetensors",
@@ -256,11 +257,15 @@ def test_time_that_is_over_before_the_first_step(configured, clock):  # noqa: F8
     assert report["measured"]["steps"] == 4 and report["stopped_by"] is None
 
 
-@pytest.mark.parametrize("method", ["lora", "mezo", "green_trainer"])
+@pytest.mark.parametrize("method", ["lora", "mezo", "green_trainer", "sparse_lora"])
 def test_flops_go_on_being_counted_after_a_kill(configured, monkeypatch, tmp_path, method):  # noqa: F811
     fields = {"steps": 8, "schedule": "cosine", "checkpoint_every": 2}
     if method == "green_trainer":
         fields |= {"rho": 1.0, "reselect": 3}
+    if method == "sparse_lora":
+        (tmp_path / "s.yaml").write_text("ffn: {0: 0.5, 1: 0.5}")
+        fields |= {"sparsity": str(tmp_path / "s.yaml"), "start_step": 0}
+        fields |= {"sparse_tokens": "all"}  # or so small a model is dense
     if method == "mezo":
         fields |= {"momentum": 0.5}
     loop.run(configured(method, output=str(tmp_path / "all"), **fields))
@@ -492,6 +497,19 @@ def test_pressure_without_a_leaner_way_saves_and_says_so(configured, metered):  
     metered["extra"] = lambda: 0
     found = loop.run(configured("lora", memory="1GB", resume=True, **fields)).report
     assert found["train"] == plain["train"]
+
+
+def test_another_limit_is_fitted_even_after_a_kill(configured, metered, monkeypatch):  # noqa: F811
+    """15 MB hold half of the 8 rows that 20 MB held."""
+    fields = {"steps": 4, "batch_size": 8, "checkpoint_every": 1}
+    for limit, name in (("20MB", "watch_memory"), ("15MB", "fit_memory")):
+        with monkeypatch.context() as patched:
+            break_off(patched, name, lambda self, *_: True)
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(configured("lora", memory=limit, resume=limit == "15MB", **fields))
+    report = loop.run(configured("lora", memory="15MB", resume=True, **fields)).report
+    parts = [entry["grad_accumulation"] for entry in report["guard"]["settings"]]
+    assert parts[-1] == 2
 
 
 @pytest.mark.parametrize("method", ["lora", "mezo", "green_trainer"])

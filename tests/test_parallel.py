@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import os, signal, torch
-from tinyft.errors import InputError
+from tinyft.errors import BudgetError, InputError
 from tinyft.parallel import apart, in_parallel
 
 signal.signal(signal.SIGTERM, lambda *_: print("stopped"))
@@ -34,13 +34,26 @@ for work in (lambda: in_parallel(fail, [0, 2]), lambda: apart(lambda: fail(3))):
         work()
     except InputError as error:
         print(error)
+
+die = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is short
+for work in (lambda: in_parallel(die, [1, 2, 3]), lambda: apart(lambda: die(0))):
+    try:
+        work()
+    except BudgetError as error:
+        print("killed" in str(error))
+
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+assert in_parallel(lambda _: os.getpid(), [1, 2]) == [os.getpid()] * 2
 """
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core"
+)
 def test_in_parallel():
-    """Results in order of any function; errors as they were; workers end without a word."""
+    """Results in order of any function; errors as they were, a killed worker's, too; workers end
+    without a word; no more of them than cores are ours."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120
     )
-    assert (done.stdout, done.returncode) == ("no 2\nno 3\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("no 2\nno 3\nTrue\nTrue\n", 0), done.stderr

@@ -168,6 +168,17 @@ def test_a_method_that_is_not_for_a_model_is_left_out(job):
     assert "lora trains lora: trainable all does not go with it" in found.left_out["lora"]
 
 
+def test_held_out_rows_of_which_only_some_have_choices(job, tmp_path):
+    """Of a run with --objective lm they are planned for, as they are scored, by their loss."""
+    rows = [{"prompt": "It was", "choices": [" bad", " good"], "answer": 1}, {"text": "A film."}]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {**job, "method": "lora", "dtype": "float32", "base_bits": 16, "eval_data": str(mixed)}
+    assert make_plan({**values, "objective": "lm"}, ROOMY).plan.chosen
+    with pytest.raises(InputError, match="needs rows of prompt, choices and answer"):
+        make_plan(values, ROOMY)
+
+
 def test_weights_are_not_needed(job, tmp_path):
     for path in Path(job["model"]).iterdir():
         if path.suffix != ".safetensors":

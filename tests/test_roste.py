@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 import tinyft
 from tinyft.config import TrainConfig
 from tinyft.errors import InputError
-from tinyft.library import score
+from tinyft.library import merge, score
 from tinyft.losses import objective
 from tinyft.models import load
 from tinyft.rotated import artefact
@@ -282,6 +282,10 @@ def test_other_methods_train_on_the_artefact(configured, tmp_path, method):
     assert found["loss"] == pytest.approx(report["eval"]["after"]["loss"], rel=1e-4)
     with pytest.raises(InputError, match="frozen"):
         run(configured("full", model=packed, output=str(tmp_path / "no")))
+    for folder in ("out", "more"):
+        with pytest.raises(InputError, match=r"rotated and quantised .* --format packed"):
+            merge(tmp_path / folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_generated_answer_is_what_teacher_forcing_gives():

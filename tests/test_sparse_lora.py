@@ -476,6 +476,26 @@ def test_first_steps_are_dense(tmp_path):
     assert losses[0][0] != losses[2][0]
 
 
+def test_steps_with_equal_cost_keys_cost_equal_flops():
+    """Dense, calibrating and sparse ones: equal shapes alone are not enough, since padding is not
+    sampled, and calibration measures more with every batch."""
+    batches = [batch_of(seed) for seed in range(6)]
+    for batch in batches[::2]:  # of the same shape and with as many labels, but without padding
+        batch.attention_mask.fill_(1)
+    assert len({batch.signature for batch in batches}) == 1
+    model = tiny_model("llama", intermediate_size=512)
+    check_head(model)
+    optimizer = tinyft.SparseLoRA(model, flops_share=0.9, start_step=3, break_even=False)
+    costs: dict = {}
+    for batch in batches:
+        key = optimizer.cost_key(batch)
+        with FlopCounter() as counter:
+            optimizer.step(lambda part: lm(model, part), batch)
+        costs.setdefault(key, set()).add(counter.flops)
+    assert all(len(flops) == 1 for flops in costs.values())
+    assert len(costs) == 5  # one dense, two calibrating, and sparse ones of two kinds
+
+
 def test_closures_with_labels_and_without(tmp_path):
     path = schedule_file(tmp_path / "s.yaml", 0.9)
     batch = batch_of(0)

@@ -184,6 +184,23 @@ def test_saving_clock(monkeypatch):
     assert clock.due(4)
 
 
+def test_smooth_weighs_neighbours_by_a_triangle():
+    losses = torch.rand(23, dtype=torch.float64).tolist()
+    for half in (1, 2, 5, 30):
+        expected = []
+        for i in range(len(losses)):
+            weights = [max(0, half - abs(i - j)) for j in range(len(losses))]
+            sums = sum(w * x for w, x in zip(weights, losses, strict=True)), sum(weights)
+            expected.append(sums[0] / sums[1])
+        assert smooth(losses, 2 * half) == pytest.approx(expected)
+
+
+def test_smooth_takes_long_runs():
+    """Of a million steps, an eighth of them around each: one by one it would take hours."""
+    found = smooth([2.0] * 1_000_000, 125_000)
+    assert max(found) == pytest.approx(2.0) and min(found) == pytest.approx(2.0)
+
+
 def test_smooth_keeps_constants_and_lines():
     assert smooth([2.0] * 9, 4) == pytest.approx([2.0] * 9)
     assert smooth([float(i) for i in range(9)], 4)[2:-2] == pytest.approx([2, 3, 4, 5, 6])
@@ -223,6 +240,73 @@ def test_somebody_elses_folder_is_left_alone(configured, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         loop.run(configured(output=str(tmp_path / "file")))
+
+
+def test_only_a_runs_own_leftovers_go(configured, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    theirs = [out / ".data.csv.partial", out / ".checkpoint.old" / "state.json"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("years of work")
+        with pytest.raises(InputError, match="not a run's"):
+            loop.run(configured(overwrite=True))
+        assert path.read_text() == "years of work"
+        path.unlink()
+    (out / ".checkpoint.old").rmdir()
+    (out / ".config.1234.partial.yaml").write_text("model:")  # of a run killed as it began
+    loop.run(configured())
+    theirs[0].write_text("years of work")
+    (out / ".artefact.partial-abc").mkdir()
+    loop.run(configured(overwrite=True))
+    assert theirs[0].exists() and not list(out.glob(".[!d]*"))
+
+
+def test_a_stop_while_a_run_is_discarded(configured, monkeypatch, tmp_path):
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(configured("lora", checkpoint_every=1))
+    monkeypatch.undo()
+
+    def stopped(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tinyft.output.shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tinyft.output.OutputFolder(tmp_path / "out").clear()
+    assert (tmp_path / "out" / "checkpoint").is_dir()
+    loop.run(configured("lora", overwrite=True))
+
+
+def test_a_folder_that_cannot_be_written(configured, monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    access = tinyft.output.os.access
+    denied = lambda path, *how: path != tmp_path / "out" and access(path, *how)  # noqa: E731
+    monkeypatch.setattr(tinyft.output.os, "access", denied)  # root may write everywhere
+    monkeypatch.setattr(tinyft.models, "load", None)  # would fail if it were called
+    with pytest.raises(InputError, match=r"--output .*out cannot be written to"):
+        loop.run(configured())
+
+
+def test_a_log_reaches_the_disk_before_the_manifest(configured, monkeypatch, tmp_path):
+    synced, fsync = [], tinyft.output.fsync_path
+
+    def noted(path):
+        synced.append((path.name, (tmp_path / "out" / "tinyft.json").exists()))
+        fsync(path)
+
+    monkeypatch.setattr(tinyft.output, "fsync_path", noted)
+    loop.run(configured("mezo"))
+    assert ("steps.seedlog", False) in synced
+
+
+def test_held_out_rows_of_which_only_some_have_choices(configured, tmp_path):
+    mixed = write(tmp_path / "mixed.jsonl", [*rows(2), {"text": "The film was great."}])
+    report = loop.run(configured(objective="lm", eval_data=mixed)).report
+    assert report["eval"]["after"].keys() >= {"loss", "perplexity"}
+    with pytest.raises(InputError, match="needs rows of prompt, choices and answer"):
+        loop.run(configured(eval_data=mixed, overwrite=True))
 
 
 def test_overwrite_removes_the_run_and_nothing_else(configured, tmp_path):
@@ -315,9 +399,43 @@ def test_a_longer_constant_run_goes_on(configured, tmp_path):
     assert longer.report["train"] == whole.report["train"]
     log = [(tmp_path / name / "steps.seedlog").read_bytes() for name in ("whole", "out")]
     assert log[0] == log[1]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(InputError, match="already done 6 steps"):
         loop.run(configured("mezo", steps=5, resume=True))
-    assert (tmp_path / "out" / "steps.seedlog").read_bytes() == log[0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+def test_fewer_steps_than_an_unfinished_run_has_done(configured, monkeypatch, tmp_path, method):
+    fields = {"schedule": "constant", "checkpoint_every": 1, "steps": 6}
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(configured(method, **fields))
+    with pytest.raises(InputError, match="already done 3 steps, more than the 2 asked for"):
+        loop.run(configured(method, resume=True, **{**fields, "steps": 2}))
+    assert tinyft.config.read_yaml(tmp_path / "out" / "config.yaml")["steps"] == 6
+
+
+def test_a_kill_as_a_run_begins_to_grow(configured, monkeypatch, tmp_path):
+    """It is finished as it was, or asked for its length again; never is the old report new."""
+    loop.run(configured("mezo"))
+    for name in ("unlink", "replace"):
+        loop.run(configured("mezo", overwrite=True))
+        original = getattr(Path, name)
+
+        def killed(self, *args, name=name, original=original, **kwargs):
+            if {"report.json", "config.yaml"} & {Path(p).name for p in (self, *args)}:
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(configured("mezo", steps=6, resume=True))
+        assert tinyft.config.read_yaml(tmp_path / "out" / "config.yaml")["steps"] == 4
+        longer = loop.run(configured("mezo", steps=6, resume=True)).report
+        assert longer["measured"]["steps"] == 6
 
 
 def test_a_longer_run_of_a_gradient_method(configured):

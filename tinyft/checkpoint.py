@@ -11,12 +11,13 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyft.errors import InputError
 
@@ -36,7 +37,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, survive a power cut."""
+    """Make a file's bytes, or a directory's entries, survive a power cut. Not so on Windows, which
+    opens no directory, and flushes no file that is open to be read."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -130,13 +134,11 @@ class RunState:
         step: optimizer steps done.
         weights: the trainable parameters by name.
         optimizer: `Optimizer.state_tensors()`.
-        info: anything else, as JSON.
     """
 
     step: int
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    info: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write the state, replacing the one before only when this one is whole."""
@@ -150,7 +152,7 @@ class RunState:
                 {name: tensor.contiguous() for name, tensor in tensors.items()},
                 temporary / "state.safetensors",
             )
-            (temporary / "state.json").write_text(json.dumps({"step": self.step, **self.info}))
+            (temporary / "state.json").write_text(json.dumps({"step": self.step}))
 
     @classmethod
     def load(cls, directory: Path) -> RunState | None:
@@ -161,13 +163,13 @@ class RunState:
         if not (directory / "state.json").is_file():
             return None
         try:
-            info = json.loads((directory / "state.json").read_text())
+            step = json.loads((directory / "state.json").read_text())["step"]
             parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
             with safe_open(directory / "state.safetensors", framework="pt") as file:
                 for key in file.keys():
                     part, name = key.split("/", 1)
                     parts[part][name] = file.get_tensor(key)
-            return cls(step=info.pop("step"), info=info, **parts)
+            return cls(step=step, **parts)
         except Exception as error:
             raise InputError(
                 f"The checkpoint in {directory} cannot be read ({error}). Start anew with "

@@ -174,8 +174,10 @@ def _values(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     last = layers[0] | given
     if last.get("resume") and last.get("output"):
         saved = OutputFolder(Path(last["output"])).saved_config()
-        if last.get("method", saved.get("method")) == saved.get("method"):
-            layers.insert(0, saved)
+        if saved and last.get("method", "auto") in ("auto", saved["method"]):
+            # The method stays, however it was chosen.
+            own = [{k: v for k, v in layer.items() if k != "method"} for layer in layers]
+            layers = [saved, *own]
     values: dict[str, Any] = {}
     for layer in layers:
         # The two ways to say how long exclude each other; the later layer's way holds.
@@ -553,6 +555,7 @@ def _fill_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fine-tune SmolLM2-135M on film-review sentiment within ten minutes."
     parser.add_argument("--method", default="lora", help="lora, full or mezo (default: lora)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="(runs/demo)")
+    parser.add_argument("--overwrite", action="store_true", help="discard what --output holds")
     parser.add_argument("--steps", type=_positive, help="(default: the method's own)")
     parser.add_argument("--json", action="store_true", help="JSON lines on standard output")
     parser.set_defaults(run=_demo)
@@ -561,7 +564,13 @@ def _fill_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from tinyft.demo import demo
 
-    demo(arguments.method, arguments.output, steps=arguments.steps, as_json=arguments.json)
+    demo(
+        arguments.method,
+        arguments.output,
+        steps=arguments.steps,
+        overwrite=arguments.overwrite,
+        as_json=arguments.json,
+    )
     return 0
 
 

@@ -234,6 +234,13 @@ class TrainConfig(BaseModel):
                 f"{spell('objective')} {self.objective} has no gradient: use a zeroth-order "
                 f"method (mezo), or the likelihood (choice) that it follows from"
             )
+        if self.dropout and self.trainable == "lora" and not method.uses_gradients:
+            problems.append(
+                f"{spell('dropout')} is for methods with gradients: {method.name} compares losses "
+                f"without it"
+            )
+        if self.eval_every is not None and self.eval_data is None:
+            problems.append(f"{spell('eval_every')} needs {spell('eval_data')}")
         try:
             Budget.parse(**{name: getattr(self, name) for name in LIMITS}, spell=spell)
         except InputError as error:

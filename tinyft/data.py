@@ -14,7 +14,14 @@ Example:
 from __future__ import annotations
 
 from tinyft.batches import Batch, Batches, collate
-from tinyft.encoding import Encoded, EncodedExample, encode, pad_id, questions
+from tinyft.encoding import (
+    Encoded,
+    EncodedExample,
+    encode,
+    encode_held_out,
+    pad_id,
+    questions,
+)
 from tinyft.examples import FORMATS, BadRow, Example, Examples, read_examples
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "Examples",
     "collate",
     "encode",
+    "encode_held_out",
     "pad_id",
     "questions",
     "read_examples",

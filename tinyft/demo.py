@@ -17,7 +17,7 @@ from tinyft.memory import human
 MODEL = "smollm2-135m"
 TRAIN, HELD_OUT = "film-reviews:train", "film-reviews:dev"
 # What fits ten minutes on two cores, scoring and fetching included. By method, or by any other's
-# kind: with gradients, or without.
+# kind, with gradients or without, at the method's own rate.
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"steps": 80, "batch_size": 16, "lr": 5e-4, "warmup": 4},
     "full": {"steps": 60, "batch_size": 16, "lr": 3e-5, "warmup": 6},
@@ -26,7 +26,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 REVIEWS = 4  # shown with the model's opinion
 
 
-def demo(method: str, output: Path, *, steps: int | None = None, as_json: bool = False) -> None:
+def demo(
+    method: str,
+    output: Path,
+    *,
+    steps: int | None = None,
+    overwrite: bool = False,
+    as_json: bool = False,
+) -> None:
     """Fetch model and data once, fine-tune, and show what changed.
 
     A second call goes on with an interrupted demo; of a finished one it shows the report again.
@@ -35,6 +42,7 @@ def demo(method: str, output: Path, *, steps: int | None = None, as_json: bool =
         method: any registered method.
         output: the run's folder.
         steps: instead of the method's own number.
+        overwrite: discard the demo in the folder, which else is refused if it is another one.
         as_json: JSON lines instead of words.
     """
     from tinyft.config import TrainConfig
@@ -44,7 +52,17 @@ def demo(method: str, output: Path, *, steps: int | None = None, as_json: bool =
 
     if method not in METHODS:
         raise InputError(f"--method {method} is unknown: choose from {', '.join(METHODS)}.")
-    kind = "lora" if METHODS[method].uses_gradients else "mezo"
+    folder = OutputFolder(output)
+    saved = None if overwrite else folder.saved_config().get("method")
+    if saved not in (None, method):
+        raise InputError(
+            f"--output {output} holds {'a finished' if folder.finished else 'an unfinished'} run "
+            f"of {saved}: --overwrite discards it, or name another folder."
+        )
+    settings = SETTINGS.get(method)
+    if settings is None:
+        kind = "lora" if METHODS[method].uses_gradients else "mezo"
+        settings = {name: value for name, value in SETTINGS[kind].items() if name != "lr"}
     values = {
         "model": MODEL,
         "data": TRAIN,
@@ -52,8 +70,9 @@ def demo(method: str, output: Path, *, steps: int | None = None, as_json: bool =
         "method": method,
         "output": str(output),
         "max_length": 128,
-        "resume": OutputFolder(output).saved_config().get("method") == method,
-        **SETTINGS.get(method, SETTINGS[kind]),
+        "resume": saved is not None,
+        "overwrite": overwrite,
+        **settings,
     }
     if steps:
         values |= {"steps": steps, "warmup": min(values.get("warmup", 0), steps // 2)}

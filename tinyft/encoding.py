@@ -160,6 +160,27 @@ def encode(
     )
 
 
+def encode_held_out(
+    examples: Examples, tokenizer: Any, trained: Encoded, *, objective: str, **shape: Any
+) -> Encoded:
+    """Rows that a run is scored on: by what suits them, as for "auto", or where only some have
+    choices by the run's own objective; an encoder's of the classes that it is trained on.
+
+    Args:
+        trained: the rows that it is trained on.
+        objective: its own.
+        shape: `max_length` and `encoder`, as for `encode`, which says the rest.
+    """
+    kinds = {example.kind == "choices" for example in examples.items}
+    return encode(
+        examples,
+        tokenizer,
+        objective=objective if len(kinds) > 1 else "auto",
+        classes=trained.labels,
+        **shape,
+    )
+
+
 def questions(
     examples: Examples, tokenizer: Any
 ) -> tuple[list[tuple[list[int], list[int]]], set[int]]:

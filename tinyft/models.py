@@ -364,8 +364,15 @@ def _check_options(dtype: str, base_bits: int, device: str) -> None:
         wrong.append(f"--dtype {dtype} is unknown: auto, {', '.join(DTYPES)}.")
     if base_bits not in (16, 8, 4):
         wrong.append(f"--base-bits {base_bits} is not possible: 16 (as --dtype says), 8 or 4.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        wrong.append(f"--device {device} needs a GPU that torch can use; there is none: use cpu.")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        wrong.append(f"--device {device} is unknown: auto, cpu, cuda or cuda:N.")
+    else:
+        if kind == "cuda" and not torch.cuda.is_available():
+            wrong.append(
+                f"--device {device} needs a GPU that torch can use; there is none: use cpu."
+            )
     if wrong:
         raise InputError(" ".join(wrong))
 
@@ -526,12 +533,18 @@ def save_model(model: nn.Module, tokenizer: Any, directory: str | Path) -> None:
     without which it is no model, goes first and comes last.
 
     Raises:
-        InputError: the weights are packed; the disk is full or cannot be written.
+        InputError: the weights are packed, or not all of the model; the disk is full or cannot be
+            written.
     """
     if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
         raise InputError(
             "A model packed to 8 or 4 bits cannot be written as a plain folder. Load it with "
             "--base-bits 16, or keep the adapter."
+        )
+    if any(type(module).__module__.startswith("tinyft.rotated") for module in model.modules()):
+        raise InputError(
+            "A rotated and quantised model cannot be written as a plain folder. Keep its own, "
+            "which TinyFT loads, or use `tinyft export --format packed` or `inference`."
         )
     if prefix.is_attached(model):
         raise InputError(

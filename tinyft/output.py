@@ -79,18 +79,26 @@ class OutputFolder:
             raise InputError(
                 f"--output {self.directory} cannot be made: {error.strerror}."
             ) from error
+        if not os.access(self.directory, os.R_OK | os.W_OK | os.X_OK):
+            raise InputError(
+                f"--output {self.directory} cannot be written to: change its permissions, or name "
+                f"another folder."
+            )
         self._take_lock()
-        recover_directory(self.checkpoint)
-        for leftover in self.directory.glob(".*.partial*"):  # of a killed process
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        if not (self.finished or self.unfinished):
-            ours = {self.config, self.run, self.metrics}
+        leftovers = self._leftovers()
+        begun = self.finished or self.unfinished
+        if not begun:
+            ours = {self.config, self.run, self.metrics, *leftovers}
             found = sorted(p.name for p in self.directory.iterdir() if p not in ours)
             if found:
                 raise InputError(
                     f"--output {self.directory} holds files that are not a run's ({found[0]}, "
                     f"{len(found)} in all): name a new or empty folder."
                 )
+        recover_directory(self.checkpoint)
+        for leftover in leftovers:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if not begun:
             return False
         if self.finished:
             self._sweep()  # of a run that was killed between its report and this
@@ -105,6 +113,18 @@ class OutputFolder:
             )
         self.check_same(config)
         return True
+
+    def _leftovers(self) -> list[Path]:
+        """What a killed process was writing of a run's own files and folders."""
+        files = (self.config, self.metrics, self.run, self.manifest, self.plot, self.report)
+        found = [
+            path
+            for file in files
+            for path in self.directory.glob(f".{file.stem}.*.partial{file.suffix}")
+        ]
+        for name in (".artefact", f".{self.checkpoint.name}"):
+            found += self.directory.glob(f"{name}.partial-*")
+        return found
 
     def check_same(self, config: TrainConfig) -> None:
         """Refuse to go on with another configuration than the run began with."""
@@ -136,10 +156,12 @@ class OutputFolder:
         """
         if not resuming:
             self.clear()
-        self._save_config(config)
+            self._save_config(config)
         self.save_info(info)
         self.report.unlink(missing_ok=True)
         self.manifest.unlink(missing_ok=True)
+        if resuming:  # last: a kill before it leaves the run as it was, and so to be asked again
+            self._save_config(config)
 
     def _save_config(self, config: TrainConfig) -> None:
         import yaml
@@ -202,11 +224,20 @@ class OutputFolder:
             fsync_path(self.metrics)
         state.save(self.checkpoint)
 
+    @property
+    def steps_done(self) -> int:
+        """Those that a resumed run finds done, in the checkpoint or in the log."""
+        from tinyft.zeroth.seed_log import SeedLog
+
+        state = self.checkpoint / "state.json"
+        if state.is_file():
+            return json.loads(state.read_text())["step"]
+        return SeedLog.open(self.log).steps if self.log.is_file() else 0
+
     def saved_so_far(self) -> str:
         """A sentence on what a run that breaks off now leaves."""
         if (self.checkpoint / "state.json").is_file():
-            step = json.loads((self.checkpoint / "state.json").read_text())["step"]
-            return f"The checkpoint of step {step} is intact."
+            return f"The checkpoint of step {self.steps_done} is intact."
         if self.log.is_file():
             return "The log of the steps so far is intact."
         return "No checkpoint had been written yet."
@@ -226,6 +257,8 @@ class OutputFolder:
                 (temporary / name).replace(self.directory / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        if self.log.is_file():
+            fsync_path(self.log)
         manifest = {"format": 1, "kind": kind, **manifest, "files": files}
         write_atomic(self.manifest, json.dumps(manifest, indent=1))
         write_atomic(self.plot, plot)
@@ -250,10 +283,11 @@ class OutputFolder:
         if files or self.report.is_file():
             self.save_info({"files": files})  # a kill amid this leaves a run to --overwrite
         own = [self.manifest, self.report, self.plot, self.metrics, self.log, self.config]
-        for path in [*own, *(self.directory / Path(name).name for name in files), self.run]:
+        for path in [*own, *(self.directory / Path(name).name for name in files)]:
             path.unlink(missing_ok=True)
         for folder in (self.checkpoint, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
+        self.run.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock, and leave no folder behind that nothing was written to."""
@@ -266,7 +300,7 @@ class OutputFolder:
     def _take_lock(self) -> None:
         try:
             import fcntl
-        except ImportError:  # Windows: no lock, and the rest holds
+        except ImportError:  # Windows: no lock, and no flushing to the disk
             return
         self._lock = os.open(self.directory, os.O_RDONLY)
         try:

@@ -16,7 +16,7 @@ import torch
 
 from tinyft.budget import Budget
 from tinyft.config import TrainConfig
-from tinyft.data import encode
+from tinyft.data import Encoded, encode, encode_held_out
 from tinyft.errors import BudgetError, InputError
 from tinyft.evidence import worth
 from tinyft.inputs import read_source
@@ -77,15 +77,15 @@ class Planned:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Flat values for `TrainConfig.build`.
+        """Flat values for `TrainConfig.build`, also on top of those that were planned for.
 
         Raises:
             BudgetError: nothing fits; it says what comes nearest.
         """
         if self.plan.chosen is None:
             raise BudgetError(self._nothing_fits())
-        config = {k: v for k, v in self.plan.chosen.setting.config.items() if k != "epochs"}
-        return {**config, "steps": self.plan.chosen.steps}
+        chosen = self.plan.chosen
+        return {**chosen.setting.config, "steps": chosen.steps, "epochs": None}
 
     def _nothing_fits(self) -> str:
         """What comes nearest, and what would be enough."""
@@ -283,18 +283,21 @@ def _job(config: TrainConfig, rows: Mapping[str, Any]) -> Job:
     before = anonymous_bytes()
     model = outline(config.model)
     shape = {"max_length": config.max_length, "encoder": model.kind == "encoder"}
-    encoded = []
-    for name in ("data", "eval_data"):
+
+    def read(name: str, encode: Callable[..., Encoded], **more: Any) -> Encoded | None:
         examples, _ = read_source(getattr(config, name), rows.get(name), config.skip_bad_rows)
-        role = {"objective": config.objective} if not encoded else {"classes": encoded[0].labels}
-        encoded.append(examples and encode(examples, model.tokenizer, **role, **shape))
+        more |= {"objective": config.objective, **shape}
+        return examples and encode(examples, model.tokenizer, **more)
+
+    encoded = read("data", encode)
+    held_out = read("eval_data", encode_held_out, trained=encoded)
     trim()
     process_bytes = max(0, anonymous_bytes() - before)
     with torch.device("meta"):
         shapes = model.build(model.dtype)
-    for part in filter(None, encoded):
+    for part in filter(None, (encoded, held_out)):
         check_rows(shapes, part, for_prefix=config.trainable == "prefix")
-    return Job(model, *encoded, process_bytes=process_bytes)
+    return Job(model, encoded, held_out, process_bytes=process_bytes)
 
 
 def _cost(found: Trace, config: TrainConfig, job: Job, machine: Machine) -> Cost:

@@ -13,13 +13,20 @@ _ROWS = 56  # labels that find room one above the other
 def smooth(losses: Sequence[float], window: int) -> list[float]:
     """Weighted mean around each value, weights falling linearly to 0 over `window` / 2 to each
     side (both sides, so that nothing lags)."""
+    import numpy as np
+
     half = max(1, window // 2)
-    means = []
-    for i in range(len(losses)):
-        near = range(max(0, i - half + 1), min(len(losses), i + half))
-        weights = [half - abs(i - j) for j in near]
-        means.append(sum(w * losses[j] for w, j in zip(weights, near, strict=True)) / sum(weights))
-    return means
+
+    def summed(values: Any) -> Any:
+        """Of every `half` neighbours, beyond both ends, too."""
+        sums = np.cumsum(np.pad(values, (0, half - 1)))
+        sums[half:] = sums[half:] - sums[:-half]
+        return sums
+
+    def weighted(values: Any) -> Any:  # two sums of equals make a triangle
+        return summed(summed(values))[half - 1 : half - 1 + len(losses)]
+
+    return (weighted(np.asarray(losses, float)) / weighted(np.ones(len(losses)))).tolist()
 
 
 def loss_plot(

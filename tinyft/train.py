@@ -29,6 +29,7 @@ from tinyft.report import build_report
 from tinyft.schedule import SavingClock, learning_rate, step_seed
 
 _NEAR = 0.95  # of the limit on memory
+_FITTED = ("probed_bytes", "eval_batch_size")  # of the memo: known where the limit is kept to
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class _Session:
     def run(self, loaded: Any, rows: Mapping[str, Any]) -> Result:
         import torch
 
-        from tinyft.data import Batches, encode, pad_id
+        from tinyft.data import Batches, encode, encode_held_out, pad_id
         from tinyft.kernels import dispatch
         from tinyft.losses import objective_of
         from tinyft.models import check_rows, load, name_classes
@@ -160,8 +161,8 @@ class _Session:
 
         shape = {"max_length": config.max_length, "encoder": loaded.kind == "encoder"}
         encoded = encode(train, self.tokenizer, objective=config.objective, **shape)
-        self.held_out = held_out and encode(
-            held_out, self.tokenizer, classes=encoded.labels, **shape
+        self.held_out = held_out and encode_held_out(
+            held_out, self.tokenizer, encoded, objective=config.objective, **shape
         )
         for part in filter(None, (encoded, self.held_out)):
             check_rows(self.model, part, for_prefix=config.trainable == "prefix")
@@ -175,6 +176,8 @@ class _Session:
         )
         self.total = config.steps or max(1, round(config.epochs * len(self.batches)))
         self.say_data(train, encoded)
+        if self.resuming:
+            self.check_length()
 
         # Only now, with all input read and found good, does anything in the folder change.
         if self.folder:
@@ -182,7 +185,6 @@ class _Session:
             if config.tensorboard:
                 self.reporter = TensorBoardReporter(self.reporter, self.folder.tensorboard)
         if self.must_fit("eval_batch_size"):
-            self.memo.pop("eval_batch_size", None)
             self.fit_evaluation()
         if self.info.get("before") is None and self.held_out:
             self.info["before"] = self.score("before")
@@ -272,6 +274,18 @@ class _Session:
         self.guard.evaluation_s = self.memo.get("evaluation_s", 0.0)
         if self.changed - {"memory"}:
             self.memo.pop("stop", None)
+        if "memory" in self.changed:  # forgotten before the new limit is written down
+            for name in _FITTED:
+                self.memo.pop(name, None)
+
+    def check_length(self) -> None:
+        """To resume: no fewer steps than are done."""
+        assert self.folder is not None
+        if (done := self.folder.steps_done) > self.total:
+            raise InputError(
+                f"The run has already done {done} steps, more than the {self.total} asked for: "
+                f"leave --steps and --epochs out, or ask for more."
+            )
 
     @property
     def memo(self) -> dict[str, Any]:
@@ -325,11 +339,6 @@ class _Session:
             if self.loaded.kind == "causal":
                 check_head(self.model)  # once, here, so that no step's FLOPs include it
             start = self.restore(optimizer)
-        if start > self.total:
-            raise InputError(
-                f"The run has already done {start} steps, more than the {self.total} asked for: "
-                f"leave --steps and --epochs out, or ask for more."
-            )
         self.fit_memory(start)
         self.plan_end(method)
         self.reporter.begin(self.total, start)
@@ -463,10 +472,7 @@ class _Session:
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(step_seed(self.config.seed, step))
-        loss = flops.step(
-            (*(part.signature for part in batch.split(optimizer.n_parts)), optimizer.cost_key()),
-            lambda: optimizer.step(self.loss, batch),
-        )
+        loss = flops.step(optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch))
         check_finite(loss, step + 1)
         return float(loss), lr, batch
 
@@ -557,7 +563,7 @@ class _Session:
     def fit_memory(self, start: int) -> None:
         """Find the quickest way to take steps within the limit, by trying the longest batch; when
         resuming, what was found before holds."""
-        if not self.must_fit("settings"):
+        if not self.must_fit("probed_bytes"):
             return
         batch = self.batches[0].to(self.meter.device)
         kept = 0
@@ -586,9 +592,8 @@ class _Session:
         self.note()
 
     def must_fit(self, name: str) -> bool:
-        """Whether there is a limit on memory, and not what fits it."""
-        known = name in self.memo and "memory" not in self.changed
-        return self.limit_bytes is not None and not known
+        """Whether there is a limit on memory, and not what fits it (one of `_FITTED`)."""
+        return self.limit_bytes is not None and name not in self.memo
 
     def probed(self, function: Callable[[], int]) -> float:
         """The peak of memory meanwhile and what it returns; infinite if there was not enough."""

@@ -37,7 +37,7 @@ def missing(label: str) -> str | None:
 def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
     """Train and score; returns the report."""
     from tinyft.cost import FlopCounter
-    from tinyft.data import Batches, encode, pad_id
+    from tinyft.data import Batches, encode, encode_held_out, pad_id
     from tinyft.evaluate import evaluate
     from tinyft.guard import EnergyMeter
     from tinyft.inputs import pick_device, read_source
@@ -67,7 +67,7 @@ def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
     model, tokenizer = loaded.model, loaded.tokenizer
     shape = {"max_length": config.max_length, "encoder": encoder}
     encoded = encode(train, tokenizer, objective=config.objective, **shape)
-    held_out = encode(test, tokenizer, classes=encoded.labels, **shape)
+    held_out = encode_held_out(test, tokenizer, encoded, objective=config.objective, **shape)
     per_step = config.batch_size * config.grad_accumulation
     batches = Batches(encoded, per_step, seed=config.seed, pad_id=pad_id(tokenizer))
     device = next(model.parameters()).device

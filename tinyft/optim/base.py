@@ -8,7 +8,7 @@ must provide.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -33,6 +33,9 @@ class ExpandableBatch(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def signature(self) -> Hashable: ...
+
     def repeat(self, copies: int) -> ExpandableBatch: ...
 
     def split(self, parts: int) -> list[ExpandableBatch]: ...
@@ -52,14 +55,6 @@ def register(name: str) -> Callable[[_C], _C]:
         return cls
 
     return decorate
-
-
-def option_help(options: type) -> dict[str, tuple[Any, Any, str]]:
-    """`{field: (type, default, help)}` of an options dataclass, for deriving flags."""
-    return {
-        f.name: (f.type, None if f.default is MISSING else f.default, f.metadata.get("help", ""))
-        for f in fields(options)
-    }
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -191,9 +186,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         return 0
 
-    def cost_key(self) -> Hashable:
-        """Before a step: steps with equal keys, on parts of equal shape, cost equal FLOPs."""
-        return None
+    def cost_key(self, batch: ExpandableBatch) -> Hashable:
+        """Before a step on a batch: steps with equal keys cost equal FLOPs."""
+        return tuple(part.signature for part in batch.split(self.n_parts))
 
     @property
     def period(self) -> int:

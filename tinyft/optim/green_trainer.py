@@ -450,11 +450,11 @@ class GreenTrainer(GradientOptimizer):
             tokenizer.save_pretrained(directory)
         return "adapter"
 
-    def cost_key(self) -> Any:
+    def cost_key(self, batch: Any) -> Any:
         """Steps between two selections cost the same, and one that selects costs more."""
         # A selection runs the batch in parts of its own: what it costs is never known before.
         due = self.steps if self._is_due() else -1
-        return super().cost_key(), len(self.history), due
+        return super().cost_key(batch), len(self.history), due
 
     @property
     def period(self) -> int:

@@ -225,17 +225,31 @@ class SparseLoRA(LoRA):
             return super().step(inside, batch)
 
     def _dense_step(self, closure: Callable[..., Tensor], batch: Any) -> Tensor:
-        """In twice as many parts as a sparse one, so that it does not need more memory."""
+        with self._as_dense(batch):
+            return super().step(closure, batch)
+
+    @contextmanager
+    def _as_dense(self, batch: Any) -> Iterator[None]:
+        """Meanwhile in twice as many parts as a sparse step, so as not to need more memory."""
         parts = self.grad_accumulation
         if batch is not None and size_of(batch) >= 2 * parts:
             self.grad_accumulation = 2 * parts
         try:
-            return super().step(closure, batch)
+            yield
         finally:
             self.grad_accumulation = parts
 
-    def cost_key(self) -> Any:
-        return super().cost_key(), self._phase()
+    def cost_key(self, batch: Any) -> Any:
+        phase = self._phase()
+        if phase == "calibrating":  # which goes by what it finds
+            return phase, self.steps
+        if phase == "dense":
+            with self._as_dense(batch):
+                return phase, super().cost_key(batch)
+        parts = batch.split(self.n_parts)
+        tokens = [Tokens.of_batch(part, self.options.sparse_tokens) for part in parts]
+        counts = tuple((len(t.sparse), len(t.sample[0])) for t in tokens)
+        return phase, super().cost_key(batch), counts
 
     def _phase(self) -> str:
         """What the next step is: "dense", "calibrating" (dense, too) or "sparse"."""

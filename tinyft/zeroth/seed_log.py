@@ -94,11 +94,6 @@ class SeedLog:
             os.truncate(self.path, self._offset + steps * self.record_bytes)
             self.steps = steps
 
-    def sync(self) -> None:
-        """Make the log survive the death of the machine, too."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-
     def records(self) -> Iterator[tuple[float, list[float]]]:
         """`(lr, projected gradients)` of every step, as the float32 values that were used."""
         data = self.path.read_bytes()[self._offset : self._offset + self.steps * self.record_bytes]
