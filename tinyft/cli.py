@@ -227,16 +227,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _planned(values: dict[str, Any], show: str, **rest: Any) -> dict[str, Any]:
-    """Plan a run, say so, and return its configuration. In a process of its own, so that nothing
-    of it counts in the run's memory, and which has no threads, so that it may fork."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
+    """Plan a run, say so, and return its configuration. Nothing of it is left in this process."""
+    from tinyft.parallel import Killed, apart
 
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_plan_and_say, values, show, **rest).result()
-    except BrokenProcessPool:
+        return apart(lambda: _plan_and_say(values, show, **rest))
+    except Killed:
         raise BudgetError(
             "The process that plans was killed, as happens where memory is short: planning takes "
             "some 650 MiB by itself. Plan on another machine (`tinyft plan --target DEVICE` or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -19,9 +20,12 @@ _PR_SET_PDEATHSIG = 1
 _current: tuple[Callable[[Any], Any], Sequence[Any]] | None = None
 
 
+class Killed(BudgetError):
+    """The system ended a process that shared the work."""
+
+
 def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`[function(item) for item in items]`, in as many processes as there are cores
-    for this one.
+    """`[function(item) for item in items]`, in as many processes as this one may use cores.
 
     They are forked, so that neither `function` nor an item is copied or need be picklable; only
     results and errors come back as pickles. So this is for a process without threads of its own:
@@ -29,7 +33,7 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     Elsewhere than on Linux, where forking is not safe or not possible, one after the other.
 
     Raises:
-        BudgetError: one of them was killed.
+        Killed: one of them was.
     """
     n = min(len(items), len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
     return _forked(function, items, n) if n > 1 else [function(item) for item in items]
@@ -48,15 +52,17 @@ def _forked(function: Callable[[T], R], items: Sequence[T], n: int) -> list[R]:
     _current = function, items
     # Said beforehand, a tokenizer's library does not warn of the fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    gc.freeze()  # what is here already the workers' collections need not look through
     try:
         with ProcessPoolExecutor(n, get_context("fork"), _prepare) as pool:
             return list(pool.map(_call, range(len(items))))
     except BrokenProcessPool:
-        raise BudgetError(
+        raise Killed(
             f"One of {n} processes that shared the work was killed, as happens where memory is "
             f"short: free some, or share among fewer (`taskset -c 0 tinyft ...` takes one core)."
         ) from None
     finally:
+        gc.unfreeze()
         _current = None
 
 

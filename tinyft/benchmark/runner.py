@@ -25,7 +25,7 @@ from tinyft.checkpoint import write_atomic
 from tinyft.config import TrainConfig, as_flag, as_flags
 from tinyft.errors import BudgetError, InputError, TinyFTError
 from tinyft.machine import import_libraries
-from tinyft.parallel import apart
+from tinyft.parallel import Killed, apart
 from tinyft.planning import Planned, make_plan
 
 _KEPT = {"report.json", "config.yaml", "metrics.jsonl", "loss.png"}
@@ -230,6 +230,8 @@ class Bench:
         try:
             # Apart: a plan sees what tokenizer and rows take, unless earlier ones left it room.
             return apart(planned)
+        except Killed as error:
+            raise Broken(str(error)) from None
         except (InputError, BudgetError) as error:
             return {"status": "left out", "reason": str(error)}
 
