@@ -355,6 +355,21 @@ def test_the_choice_is_the_lesser_relative_error():
         assert rotated.choices[i].down == (errors[1] < errors[0])
 
 
+def test_batches_do_not_outvote_weights():
+    """The same rows once or four times: the same errors, though weights are rounded but once."""
+    found = []
+    for times in (1, 4):
+        model = tiny_model("llama")
+        rotated = Rotated(model, Recipe(activations=4))
+        ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+        rotated.calibrate(run_model(model), [(ids, None)] * times)
+        found.append(rotated.choices)
+    for one, four in zip(*found, strict=True):
+        assert one.clips == four.clips
+        for place, pair in one.errors.items():
+            assert pair == pytest.approx(four.errors[place])
+
+
 @pytest.mark.parametrize("rotations, on", [("all", True), ("none", False)])
 def test_all_and_none_are_what_they_say(rotations, on):
     model = tiny_model("opt")

@@ -3,11 +3,11 @@
 For every block, and every place where a rotation may act, both the rotated and the plain numbers
 are rounded by the quantiser that training will use, and the way of less error is taken:
 
-    ||Q(R'W) - R'W||^2 / ||W||^2 + ||Q(XR) - XR||^2 / ||X||^2
+    ||Q(R'W) - R'W||^2 / ||W||^2 + mean ||Q(XR) - XR||^2 / ||X||^2
 
-Deviations from the published code, which errs there: the quantiser is training's own, errors are
-relative (so that no large tensor outvotes the rest), and padding does not count. In one go each
-place gets the clip of least error.
+with the mean over batches X. Deviations from the published code, which errs there: the quantiser
+is training's own, errors are relative (so that no large tensor outvotes the rest), and padding does
+not count. In one go each place gets the clip of least error.
 
 | place | numbers that are rounded |
 |---|---|
@@ -376,7 +376,8 @@ class _Listener:
             yield True, rotate_ref(x)
 
     def least(self, place: str, turned: bool) -> float:
-        return self.errors[place, turned].min().item()
+        """The mean error over batches, at the best clip."""
+        return self.errors[place, turned].min().item() / self.batches
 
     def best_clip(self, place: str, turned: bool) -> float:
         return self.recipe.clips[int(self.errors[place, turned].argmin())]
