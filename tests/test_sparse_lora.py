@@ -24,6 +24,7 @@ from tinyft.losses import check_head, objective
 from tinyft.models import outline
 from tinyft.packing import pack
 from tinyft.pricing import Job, _traced
+from tinyft.rotated.layers import convert
 from tinyft.sparse.channels import top
 from tinyft.sparse.layers import Context, SparseMLP, find
 from tinyft.sparse.projection import Projection
@@ -558,6 +559,14 @@ def test_what_it_refuses(caplog):
         tinyft.SparseLoRA(tiny_model("opt"))
     with pytest.raises(InputError, match="BertForSequenceClassification has none"):
         tinyft.SparseLoRA(tiny_model("bert"))
+    gated = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.BitNetConfig(vocab_size=400, num_hidden_layers=1, **gated)
+    with pytest.raises(InputError, match="BitNetMLP does more than its layers"):  # a norm inside
+        tinyft.SparseLoRA(transformers.BitNetForCausalLM(config))
+    rotated = tiny_model("llama")
+    convert(rotated)
+    with pytest.raises(InputError, match=r"rotations.*mix them.*--method lora"):
+        tinyft.SparseLoRA(rotated)
     tinyft.SparseLoRA(tiny_model("gpt_neox"))
     assert "attention of this form stays dense" in caplog.text
     with pytest.raises(InputError, match=r"flops_share.*2.*estimator_rank"):
