@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from test_gradient_methods import our_loop
 from test_zeroth import tiny_model
 from torch import nn
