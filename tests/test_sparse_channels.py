@@ -123,7 +123,8 @@ def test_which_tokens_are_context():
     assert tokens.dense.tolist() == [1, 2, 3, 5, 6]  # labelled, and before a label
     assert tokens.sparse.tolist() == [0, 4, 7, 8, 9]
     assert tokens.counted.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 1, 1]]
-    assert Tokens.of(None, mask).dense.tolist() == [3, 9]  # a row's last token
+    for of_rows in (None, torch.tensor([0, 1])):
+        assert Tokens.of(of_rows, mask).dense.tolist() == [3, 9]  # a row's last token
     assert len(Tokens.of(labels, mask, "all").dense) == 0
 
 
