@@ -95,6 +95,11 @@ def test_low_rank_is_the_best_of_its_rank():
     assert torch.equal(again[0], A) and torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_no_device_but_the_weights_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # would fail if it were called
+    decompose(torch.ones(90, 80), 4)
+
+
 def test_estimators_are_kept_and_found_again(tmp_path, monkeypatch):
     weights = {"a": lambda: torch.eye(6), "b": lambda: torch.ones(4, 6)}
     made = estimators(weights, {"a": None, "b": None}, 2, tmp_path)
