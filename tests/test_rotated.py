@@ -383,5 +383,9 @@ def test_all_and_none_are_what_they_say(rotations, on):
 def test_bad_recipes_name_all_that_is_wrong():
     with pytest.raises(InputError, match=r"weights takes 2 to 8.*rotations must be.*clip must be"):
         Rotated(tiny_model("llama"), Recipe(weights=1, rotations="some", clip=2.0))
+    with pytest.raises(InputError, match="frozen base must be one of 32, 64, 128; found 16"):
+        Rotated(tiny_model("llama"), Recipe(group=16, int4_base=True))
+    model = tiny_model("gpt_neox")
     with pytest.raises(InputError, match="group 33 does not divide"):
-        Rotated(tiny_model("llama"), Recipe(group=33))
+        Rotated(model, Recipe(group=33))
+    assert not any(isinstance(module, (QuantNorm, QuantLinear)) for module in model.modules())

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from tinyft.dry_run import alike
 from tinyft.errors import InputError
 from tinyft.kernels.hadamard_quant import rotate_ref
+from tinyft.kernels.int4_linear import GROUPS
 from tinyft.memory import forget_mapped, trim
-from tinyft.rotated.families import family_of
+from tinyft.rotated.families import block_names, family_of
 from tinyft.rotated.layers import QuantLinear, convert
 from tinyft.rotated.quantisers import CLIPS, Int4Groups, Quantiser
 from tinyft.rotated.rotation import (
@@ -97,7 +98,12 @@ class Recipe:
             found.append(f"clip must be above 0 and at most 1; found {self.clip}.")
         if self.int4_base and self.weights != 4:
             found.append(f"weights of a frozen base have 4 bits; found {self.weights}.")
-        if self.group < 0:
+        if self.int4_base and self.group and self.group not in GROUPS:
+            found.append(
+                f"group of a frozen base must be one of {', '.join(map(str, GROUPS))}; found "
+                f"{self.group}."
+            )
+        elif self.group < 0:
             found.append(f"group must be 0 (whole rows) or more; found {self.group}.")
         return found
 
@@ -157,18 +163,19 @@ class Rotated:
         self.choices: list[Choice] = []
         self.gains: dict[Tensor, float] = {}
         self.r1 = None
-        family_of(model)
+        family = family_of(model)
+        if recipe.group and not recipe.int4_base:  # before anything is changed
+            for name in block_names(model):
+                for path in family.linears():
+                    columns = model.get_submodule(f"{name}.{path}").in_features
+                    if columns % recipe.group:
+                        raise InputError(
+                            f"group {recipe.group} does not divide the {columns} columns of a "
+                            f"layer of this model."
+                        )
         if recipe.rotations != "none":
             self.r1 = Rotation.random(model.config.hidden_size, recipe.seed)
         convert(model)
-        if recipe.group and not recipe.int4_base:
-            for block in blocks_of(model):
-                for linear in block.linears():
-                    if linear.in_features % recipe.group:
-                        raise InputError(
-                            f"group {recipe.group} does not divide the {linear.in_features} "
-                            f"columns of a layer of this model."
-                        )
         if self.r1 is not None:
             if arithmetic:
                 self.gains = fuse(model, self.r1)
