@@ -64,7 +64,7 @@ class Recipe:
         weights, activations, kv: bits, 2 to 8; 16 leaves them alone.
         rotations: `"adaptive"`, `"all"` or `"none"`.
         clip: share of each range that is kept; None searches it.
-        symmetric: quantisers of weights and activations.
+        symmetric: quantisers of weights, activations, keys and values.
         group: columns of a weight that share a range; 0 for whole rows.
         ste: `"identity"` or `"clipped"`, see `quantisers`.
         int4_base: weights frozen in the format of `kernels/int4_linear.py`.
