@@ -43,6 +43,7 @@ def rotate_ref(x: Tensor, *, transposed: bool = False) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # or what evaluation made first no training could use
 def factors(
     n: int, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

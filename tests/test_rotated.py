@@ -299,6 +299,18 @@ def test_norms_are_torchs(norm):
     torch.testing.assert_close(QuantNorm.of(theirs)(x), theirs(x))
 
 
+def test_the_rounded_weight_follows_the_weight():
+    """To another dtype, too; and what evaluation rounded can be trained with."""
+    layer, x, dy = quantised_layer(False), draw(6, 24, seed=3), draw(6, 10, seed=4).float()
+    layer(x)
+    layer.float()
+    with torch.inference_mode():
+        layer(x.float())
+    x = x.float().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x), x, dy)
+    torch.testing.assert_close(dx, dy @ Quantiser(4, 0.95).round(layer.weight.detach()))
+
+
 # Search.
 
 
