@@ -146,6 +146,29 @@ def test_products_that_read_rows_where_they_are(family, exact, tmp_path, monkeyp
         torch.testing.assert_close(fused, gathered, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_under_autocast_it_is_the_same_up_to_rounding(family, tmp_path, monkeypatch):
+    """On a GPU, too, where there are kernels that autocast does not know."""
+    monkeypatch.setattr("tinyft.sparse.projection.choose", lambda *_: "triton")
+    model, batch = tiny_model(family), batch_of(0)
+    names = "input_ids", "attention_mask", "labels"
+    inputs = {name: getattr(batch, name) for name in names}
+    optimizer = sparse(model, schedule_file(tmp_path / "s.yaml", 1e-9))
+    optimizer.context.sparsity = optimizer.schedule
+    found = []
+    for enabled in (False, True):
+        with (
+            optimizer._sparse(lambda: model(**inputs).loss) as inside,
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled),
+        ):
+            loss = inside()
+        gradients = torch.autograd.grad(loss, optimizer.param_groups[0]["params"])
+        found.append([loss.detach(), *gradients])
+    for exact, ours in zip(*found, strict=True):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, exact)
+        assert (ours - exact).norm() <= 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("break_even", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_sparsity_it_is_lora_to_the_bit(family, break_even, tmp_path):

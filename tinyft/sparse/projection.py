@@ -151,6 +151,8 @@ class Projection:
         """Whether the kernel reads rows where they are, and nothing is gathered."""
         if self._stored is None or self._stored.dtype != x.dtype:
             return False
+        if torch.is_autocast_enabled(x.device.type):  # which casts what it knows, and not a kernel
+            return False
         return choose("sparse_linear", "auto", x, self._stored, index) == "triton"
 
     def _low_rank(self) -> dict[str, Any]:
