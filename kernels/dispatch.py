@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 log = logging.getLogger("tinyft.kernels")
 ran: dict[str, str] = {}  # operation -> what ran last, and why
@@ -81,7 +81,9 @@ def _obstacle(tensors: list[Tensor], impl: str, forward_only: bool) -> str:
         return "tensors on the CPU"
     if _triton_is_old():
         return "this Triton is older than 3.4"
-    if _get_current_dispatch_mode() is not None:  # it would neither see nor stop a kernel
+    modes = _get_current_dispatch_mode_stack()
+    # One would neither see nor stop a kernel, and must say that it need not.
+    if not all(getattr(mode, "passes_kernels", False) for mode in modes):
         return "operations are being traced"
     if any(t.dtype == torch.float64 for t in tensors):
         return "no kernel for float64"

@@ -57,6 +57,7 @@ def kron_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # or what evaluation made first no training could use
 def hadamard_matrix(
     n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -99,6 +100,7 @@ def split_size(n: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # or what evaluation made first no training could use
 def paley_matrix(
     m: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:

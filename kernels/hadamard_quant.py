@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from tinyft.kernels.dispatch import choose
 from tinyft.kernels.hadamard import hadamard_matrix, kron_product, paley_matrix, split_size
-from tinyft.kernels.quantize import round_rows
+from tinyft.kernels.quantize import round_rows_
 
 # A program of the Triton kernel holds a row, m padded to a power of two, and H_m in registers. What
 # is larger spills: m = 76 (4,864 numbers) 1 KB a thread.
@@ -43,6 +43,7 @@ def rotate_ref(x: Tensor, *, transposed: bool = False) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # or what evaluation made first no training could use
 def factors(
     n: int, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,9 @@ class _HadamardQuant(torch.autograd.Function):
             return gpu.rotate(x, bits=bits, clip=clip)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rotated = rotate_ref(wide).view(-1, x.shape[-1])
-        return round_rows(rotated, bits, clip, False).view(x.shape).to(x.dtype)
+        out = torch.empty(rotated.shape, dtype=x.dtype, device=x.device)
+        round_rows_(rotated, out, bits, clip, False)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable

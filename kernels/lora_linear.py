@@ -38,14 +38,31 @@ def lora_linear(
         bias: (out,) or None; gets no gradient.
 
     Returns:
-        (..., out), dtype of x. Differentiable once in x, A and B.
+        (..., out), dtype of x, or under autocast its own. Differentiable once in x, A and B.
     """
-    return _LoRALinear.apply(x, weight, bias, None, A, B, scale)
+    return apply_fused(_LoRALinear, x, weight, bias, None, A, B, scale)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`y + scale (x A') B'`: for a y (..., out) that another kind of layer made of x."""
-    return _LoRALinear.apply(x, None, None, y, A, B, scale)
+    return apply_fused(_LoRALinear, x, None, None, y, A, B, scale, dtype=y.dtype)
+
+
+def apply_fused(
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    weight: Tensor | None,
+    *rest: Any,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`function.apply(x, weight, *rest)`; under autocast with x and weight in `dtype`, its own if
+    None: of what is fused it would cast some products and not those in place."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # which it leaves alone
+        return function.apply(x, weight, *rest)
+    dtype = dtype or torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return function.apply(x.to(dtype), None if weight is None else weight.to(dtype), *rest)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -64,7 +81,7 @@ class _LoRALinear(torch.autograd.Function):
         inner = rows @ A.to(x.dtype).t()
         B_t = B.to(x.dtype).t()
         if y is None:
-            y = linear(x, weight, bias)
+            y = linear(x, weight, None if bias is None else bias.to(x.dtype))
             y.view(-1, y.shape[-1]).addmm_(inner, B_t, alpha=scale)
         else:
             y = y.reshape(-1, y.shape[-1]).addmm(inner, B_t, alpha=scale).view(y.shape)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from tinyft.kernels.lora_linear import apply_fused
+
 
 def split(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """`x[first], x[second]` of x (N, D), where `first` and `second` share out 0..N-1."""
@@ -94,9 +96,9 @@ def rows_linear(
         exact: False: no gradient for x through W.
 
     Returns:
-        (N, n_out), dtype of x. Differentiable once in x, A and B.
+        (N, n_out), dtype of x, or under autocast its own. Differentiable once in x, A and B.
     """
-    return _SomeLinear.apply(x, weight, rows, n_out, bias, A, B, scale, exact)
+    return apply_fused(_SomeLinear, x, weight, rows, n_out, bias, A, B, scale, exact)
 
 
 def columns_linear(
@@ -114,7 +116,7 @@ def columns_linear(
 
     As `rows_linear`, but `weight` (k, out) holds those columns of W as rows.
     """
-    return _SomeLinear.apply(x, weight, columns, None, bias, A, B, scale, exact)
+    return apply_fused(_SomeLinear, x, weight, columns, None, bias, A, B, scale, exact)
 
 
 class _SomeLinear(torch.autograd.Function):

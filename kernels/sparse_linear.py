@@ -146,7 +146,7 @@ class _SparseLinear(torch.autograd.Function):
         transposed: bool,
         in_triton: bool,
     ) -> Tensor:
-        ctx.arguments = weight, blocks, block_size
+        ctx.arguments = weight, blocks.contiguous(), block_size
         ctx.transposed, ctx.in_triton = transposed, in_triton
         if in_triton:
             return _in_triton(x, *ctx.arguments, transposed)
@@ -178,7 +178,7 @@ class _SparseGateUp(torch.autograd.Function):
         activation: str,
         in_triton: bool,
     ) -> Tensor:
-        ctx.arguments = gate, up, blocks, block_size
+        ctx.arguments = gate, up, blocks.contiguous(), block_size
         ctx.activation, ctx.in_triton = activation, in_triton
         rows = x.reshape(-1, x.shape[-1])
         if in_triton:
@@ -222,7 +222,7 @@ def _in_triton(
     from tinyft.kernels.gpu import sparse_linear as gpu
 
     run = gpu.transposed_product if transposed else gpu.product
-    y = run(x.reshape(-1, x.shape[-1]).contiguous(), weight, blocks.contiguous(), block_size)
+    y = run(x.reshape(-1, x.shape[-1]).contiguous(), weight, blocks, block_size)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,16 +1,20 @@
 """What is recomputed gives the same gradients, bit for bit, and is really not kept."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
+from kernel_checks import DEVICE, needs_triton, random
 from tiny_models import CAUSAL, config_of
 from torch import nn
 
-from tinyft.activations import MODES, keeping
+from tinyft.activations import MODES, Rematerialise, keeping
 from tinyft.adapters import inject
 from tinyft.heap import HeapWatch
+from tinyft.kernels.hadamard_quant import hadamard_quant
+from tinyft.kernels.sparse_linear import sparse_gate_up
 
 
 def build(family, dtype=torch.float32, **changes):
@@ -91,6 +95,25 @@ def test_only_what_cannot_be_made_again_is_kept():
     assert kept_bytes("selective") <= (32 + 96 + 96 + 2) * row
     # torch: also the normalised x, before and after its weight, silu(gate), and the product.
     assert kept_bytes("none") >= (32 + 96 + 96 + 32 + 32 + 96 + 96) * row
+
+
+@needs_triton
+def test_what_comes_of_a_kernel_is_made_again_rightly():
+    """Recipes before a kernel, which reads what they make, and after it, which begin from it."""
+    model, blocks = Mlp(64).to(DEVICE), torch.tensor([2, 0], device=DEVICE)
+    gate, up = random(48, 64, seed=1).float(), random(48, 64, seed=2).float()
+
+    def loss_of(x):
+        y = hadamard_quant(nn.functional.silu(x) * 2, 8, impl="triton")
+        h = sparse_gate_up(model(y.sigmoid() * y), gate, up, blocks, 16, impl="triton")
+        return (h.tanh() * h).square().mean()
+
+    x, found = random(4, 64).float().requires_grad_(), []
+    for keep in (nullcontext(), Rematerialise()):
+        with keep:
+            loss = loss_of(x)
+        found.append([loss.detach(), *torch.autograd.grad(loss, (x, *model.parameters()))])
+    assert all(torch.equal(ours, plain) for plain, ours in zip(*found, strict=True))
 
 
 def test_nothing_waits_for_the_garbage_collector():

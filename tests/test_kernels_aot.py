@@ -26,21 +26,54 @@ def by_name(rows: Iterable[dict]) -> dict[tuple[str, str], dict]:
     return {(row["configuration"], row["kernel"]): row for row in rows}
 
 
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+
+
 def test_nothing_kept_spills():
     assert {row["target"] for row in KEPT} == set(TARGETS)
     assert [row for row in KEPT if row["spill_bytes"] != "0"] == []
+
+
+SINGLE_ROWS = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tinyft.kernels.aot import TARGETS, _source
+from tinyft.kernels.dispatch import recording
+from tinyft.kernels.gpu.perturbed_linear import dense
+from tinyft.kernels.perturbed_linear import Direction
+
+x, w = (torch.empty(rows, 64, dtype=torch.float16, device="meta") for rows in (2, 32))
+with recording() as launches:
+    dense(x, w, Direction("rademacher", 1, 2, 3), (1e-3, -1e-3), None)
+kernel, args, options = launches[0]
+source, options = _source(kernel, args, options)
+signature, constants = dict(source.signature), dict(source.constants)
+for value, parameter in zip(args, kernel.params):
+    if type(value) is int and value == 1 and not parameter.do_not_specialize:
+        signature[parameter.name], constants[parameter.num,] = "constexpr", 1
+source = ASTSource(kernel, signature, constants, source.attrs)
+triton.compile(source, target=GPUTarget(*TARGETS["sm_80"]), options=options)
+"""
+
+
+@needs_triton
+def test_a_single_row_of_each_copy_compiles():
+    """A size of 1 is a constant to the just-in-time compiler, and constants have no methods."""
+    done = python("-c", SINGLE_ROWS)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_triton
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_as_kept(target):
     """Each kernel in one configuration; all of them take minutes."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench/kernel_resources.py", "--targets", target, "--once"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
+    done = python(ROOT / "bench/kernel_resources.py", "--targets", target, "--once")
     assert done.returncode == 0, done.stderr
     found = by_name(csv.DictReader(done.stdout.splitlines()))
     kept = by_name(row for row in KEPT if row["target"] == target)

@@ -9,6 +9,7 @@ import torch
 from kernel_checks import needs_triton
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinyft.activations import Rematerialise
 from tinyft.kernels import dispatch, philox
 
 COUNTER = torch.zeros(4, 1, dtype=torch.int64)
@@ -65,6 +66,15 @@ def test_traced_operations_stay_in_torch(nothing_ran, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with FlopCounterMode(display=False), pytest.raises(ValueError, match="being traced"):
         dispatch.choose("op", "triton", COUNTER)
+
+
+@needs_triton
+def test_what_recomputes_activations_lets_kernels_pass(nothing_ran, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with Rematerialise():
+        assert dispatch.choose("op", "triton", COUNTER) == "triton"
+        with FlopCounterMode(display=False), pytest.raises(ValueError, match="being traced"):
+            dispatch.choose("op", "triton", COUNTER)
 
 
 @needs_triton

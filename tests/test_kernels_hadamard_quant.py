@@ -6,8 +6,10 @@ import pytest
 import torch
 from kernel_checks import DTYPES, IMPLS, assert_as_good_as, needs_triton, random
 
+from tinyft.dry_run import DryRun
 from tinyft.kernels.hadamard import hadamard_matrix, paley_matrix, split_size
 from tinyft.kernels.hadamard_quant import (
+    factors,
     hadamard_quant,
     hadamard_quant_ref,
     quantize_ref,
@@ -81,6 +83,26 @@ def test_gradcheck():
     x = random(2, 24, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(rotate_ref, x)
     assert torch.autograd.gradcheck(lambda x: rotate_ref(x, transposed=True), x)
+
+
+def test_what_evaluation_made_first_can_be_trained_with():
+    for made in (factors, hadamard_matrix, paley_matrix):
+        made.cache_clear()
+    x = random(2, 24, seed=1).cpu()
+    with torch.inference_mode():
+        hadamard_quant(x.float(), 4)
+        hadamard_quant(x, 4)
+    leaf, pull = x.clone().requires_grad_(), random(2, 24, seed=2).cpu()
+    (grad,) = torch.autograd.grad(rotate_ref(leaf), leaf, pull)
+    torch.testing.assert_close(grad, pull @ matrix(24).T)
+
+
+def test_beside_16_bits_no_more_is_wide_than_rotating_takes():
+    with DryRun() as trace:
+        x = torch.empty(1024, 1024, dtype=torch.bfloat16)
+        hadamard_quant(x, 4)
+    wide_bytes = 2 * x.nbytes
+    assert trace.peak_bytes <= x.nbytes + 3 * wide_bytes + (1 << 16)  # x, Y = X B, (A x) Y
 
 
 def test_what_is_refused():

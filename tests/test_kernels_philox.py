@@ -29,8 +29,9 @@ def test_words(seed, n):
 @pytest.mark.parametrize("kind", philox.PER_BLOCK)
 @pytest.mark.parametrize("cols", [1, 8, 129, 576])
 def test_matrix(kind, cols):
-    """Rows in any order, columns that end within a block, words that are negative as int32."""
-    rows = torch.tensor([7, 0, 49151, *range(20, 40), 3], device=DEVICE)
+    """Rows in any order, columns that end within a block, words that are negative as int32, and an
+    index that is no one piece of memory."""
+    rows = torch.tensor([7, 0, 49151, *range(20, 40), 3], device=DEVICE).repeat_interleave(2)[::2]
     point = dict(seed=2**64 - 3, tensor=2**32 - 1, step=2**31, stream=2**32 - 8)
     found = philox.matrix(kind, rows, cols, impl="triton", **point)
     assert found.dtype == torch.float32

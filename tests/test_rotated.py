@@ -299,6 +299,18 @@ def test_norms_are_torchs(norm):
     torch.testing.assert_close(QuantNorm.of(theirs)(x), theirs(x))
 
 
+def test_the_rounded_weight_follows_the_weight():
+    """To another dtype, too; and what evaluation rounded can be trained with."""
+    layer, x, dy = quantised_layer(False), draw(6, 24, seed=3), draw(6, 10, seed=4).float()
+    layer(x)
+    layer.float()
+    with torch.inference_mode():
+        layer(x.float())
+    x = x.float().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x), x, dy)
+    torch.testing.assert_close(dx, dy @ Quantiser(4, 0.95).round(layer.weight.detach()))
+
+
 # Search.
 
 
@@ -355,6 +367,21 @@ def test_the_choice_is_the_lesser_relative_error():
         assert rotated.choices[i].down == (errors[1] < errors[0])
 
 
+def test_batches_do_not_outvote_weights():
+    """The same rows once or four times: the same errors, though weights are rounded but once."""
+    found = []
+    for times in (1, 4):
+        model = tiny_model("llama")
+        rotated = Rotated(model, Recipe(activations=4))
+        ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+        rotated.calibrate(run_model(model), [(ids, None)] * times)
+        found.append(rotated.choices)
+    for one, four in zip(*found, strict=True):
+        assert one.clips == four.clips
+        for place, pair in one.errors.items():
+            assert pair == pytest.approx(four.errors[place])
+
+
 @pytest.mark.parametrize("rotations, on", [("all", True), ("none", False)])
 def test_all_and_none_are_what_they_say(rotations, on):
     model = tiny_model("opt")
@@ -368,5 +395,9 @@ def test_all_and_none_are_what_they_say(rotations, on):
 def test_bad_recipes_name_all_that_is_wrong():
     with pytest.raises(InputError, match=r"weights takes 2 to 8.*rotations must be.*clip must be"):
         Rotated(tiny_model("llama"), Recipe(weights=1, rotations="some", clip=2.0))
+    with pytest.raises(InputError, match="frozen base must be one of 32, 64, 128; found 16"):
+        Rotated(tiny_model("llama"), Recipe(group=16, int4_base=True))
+    model = tiny_model("gpt_neox")
     with pytest.raises(InputError, match="group 33 does not divide"):
-        Rotated(tiny_model("llama"), Recipe(group=33))
+        Rotated(model, Recipe(group=33))
+    assert not any(isinstance(module, (QuantNorm, QuantLinear)) for module in model.modules())

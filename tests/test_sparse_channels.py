@@ -95,6 +95,11 @@ def test_low_rank_is_the_best_of_its_rank():
     assert torch.equal(again[0], A) and torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_no_device_but_the_weights_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # would fail if it were called
+    decompose(torch.ones(90, 80), 4)
+
+
 def test_estimators_are_kept_and_found_again(tmp_path, monkeypatch):
     weights = {"a": lambda: torch.eye(6), "b": lambda: torch.ones(4, 6)}
     made = estimators(weights, {"a": None, "b": None}, 2, tmp_path)
@@ -123,7 +128,8 @@ def test_which_tokens_are_context():
     assert tokens.dense.tolist() == [1, 2, 3, 5, 6]  # labelled, and before a label
     assert tokens.sparse.tolist() == [0, 4, 7, 8, 9]
     assert tokens.counted.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 1, 1]]
-    assert Tokens.of(None, mask).dense.tolist() == [3, 9]  # a row's last token
+    for of_rows in (None, torch.tensor([0, 1])):
+        assert Tokens.of(of_rows, mask).dense.tolist() == [3, 9]  # a row's last token
     assert len(Tokens.of(labels, mask, "all").dense) == 0
 
 

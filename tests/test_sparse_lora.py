@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from test_gradient_methods import our_loop
 from test_zeroth import tiny_model
 from torch import nn
@@ -24,6 +25,7 @@ from tinyft.losses import check_head, objective
 from tinyft.models import outline
 from tinyft.packing import pack
 from tinyft.pricing import Job, _traced
+from tinyft.rotated.layers import convert
 from tinyft.sparse.channels import top
 from tinyft.sparse.layers import Context, SparseMLP, find
 from tinyft.sparse.projection import Projection
@@ -142,6 +144,29 @@ def test_products_that_read_rows_where_they_are(family, exact, tmp_path, monkeyp
     monkeypatch.setattr(Projection, "gather", None)
     for fused, gathered in zip(gradients(optimizer, batch), want, strict=True):
         torch.testing.assert_close(fused, gathered, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_under_autocast_it_is_the_same_up_to_rounding(family, tmp_path, monkeypatch):
+    """On a GPU, too, where there are kernels that autocast does not know."""
+    monkeypatch.setattr("tinyft.sparse.projection.choose", lambda *_: "triton")
+    model, batch = tiny_model(family), batch_of(0)
+    names = "input_ids", "attention_mask", "labels"
+    inputs = {name: getattr(batch, name) for name in names}
+    optimizer = sparse(model, schedule_file(tmp_path / "s.yaml", 1e-9))
+    optimizer.context.sparsity = optimizer.schedule
+    found = []
+    for enabled in (False, True):
+        with (
+            optimizer._sparse(lambda: model(**inputs).loss) as inside,
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled),
+        ):
+            loss = inside()
+        gradients = torch.autograd.grad(loss, optimizer.param_groups[0]["params"])
+        found.append([loss.detach(), *gradients])
+    for exact, ours in zip(*found, strict=True):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, exact)
+        assert (ours - exact).norm() <= 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("break_even", [True, False])
@@ -578,6 +603,14 @@ def test_what_it_refuses(caplog):
         tinyft.SparseLoRA(tiny_model("opt"))
     with pytest.raises(InputError, match="BertForSequenceClassification has none"):
         tinyft.SparseLoRA(tiny_model("bert"))
+    gated = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.BitNetConfig(vocab_size=400, num_hidden_layers=1, **gated)
+    with pytest.raises(InputError, match="BitNetMLP does more than its layers"):  # a norm inside
+        tinyft.SparseLoRA(transformers.BitNetForCausalLM(config))
+    rotated = tiny_model("llama")
+    convert(rotated)
+    with pytest.raises(InputError, match=r"rotations.*mix them.*--method lora"):
+        tinyft.SparseLoRA(rotated)
     tinyft.SparseLoRA(tiny_model("gpt_neox"))
     assert "attention of this form stays dense" in caplog.text
     with pytest.raises(InputError, match=r"flops_share.*2.*estimator_rank"):

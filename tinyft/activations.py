@@ -161,6 +161,9 @@ class Rematerialise(TorchDispatchMode):
         shelf: where results lie, if on any.
     """
 
+    # What a kernel writes has no recipe: it is a leaf, as a matrix product is.
+    passes_kernels = True
+
     def __init__(self, shelf: Shelf | None = None) -> None:
         super().__init__()
         self._shelf = shelf

@@ -45,8 +45,7 @@ def alike(items: Iterable[T], rounds: float | None = None) -> Iterator[T]:
     Args:
         rounds: how many times the first one's work all of them are; their number if None.
     """
-    active = _get_current_dispatch_mode_stack()
-    run = next((mode for mode in active if isinstance(mode, DryRun)), None)
+    run = current()
     if run is None:
         yield from items
         return
@@ -57,6 +56,12 @@ def alike(items: Iterable[T], rounds: float | None = None) -> Iterator[T]:
         with run.counting(rounds):
             yield first
         return
+
+
+def current() -> DryRun | None:
+    """The dry run that this happens in, if any."""
+    active = _get_current_dispatch_mode_stack()
+    return next((mode for mode in active if isinstance(mode, DryRun)), None)
 
 
 @dataclass(eq=False)

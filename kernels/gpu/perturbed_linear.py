@@ -66,7 +66,8 @@ def hadamard_sign(i):
     return (((i & 1) << 31) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+# A single row a copy would make a Python integer of m.
+@triton.jit(do_not_specialize=["m", *SCALARS])
 def dense_kernel(
     x, weight, w_scales, bias, y, table, m, n, k, blocks_per_row, scale0, scale1,
     key0, key1, tensor, step, stream,

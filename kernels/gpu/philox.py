@@ -162,6 +162,7 @@ def matrix(
     kind: str, rows: Tensor, cols: int, seed: int, tensor: int, step: int, stream: int
 ) -> Tensor:
     """`tinyft.kernels.philox.matrix`."""
+    rows = rows.contiguous()
     out = torch.empty(len(rows), cols, device=rows.device)
     numbers = out if kind == "signs" else philox.table(kind, rows.device)
     scalars = (signed(seed), signed(seed >> 32), signed(tensor), signed(step), signed(stream))

@@ -42,6 +42,7 @@ from tinyft.cost import FlopCounter
 from tinyft.errors import InputError
 from tinyft.importance import undisturbed
 from tinyft.losses import check_head
+from tinyft.modules import replaced_forwards
 from tinyft.optim.base import call_per_example, check_finite, register
 from tinyft.optim.gradient import size_of, split
 from tinyft.optim.lora import LoRA, LoRAArguments
@@ -274,19 +275,13 @@ class SparseLoRA(LoRA):
         """Meanwhile the model is sparse, for passes of the closure that this yields."""
         self._prepare()
         parts = [part for layer in (*self._mlps, *self._attentions) for part in layer.bind()]
-        before = [(module, module.__dict__.get("forward")) for module, _ in parts]
-        for module, forward in parts:
-            module.forward = forward
         hook = self.model.register_forward_pre_hook(self._see_call, with_kwargs=True)
         try:
-            yield partial(self._told, closure)
+            with replaced_forwards(parts):
+                yield partial(self._told, closure)
         finally:
             hook.remove()
             self.context.tokens = None
-            for module, forward in before:
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
 
     def _told(self, closure: Callable[..., Tensor], *part: Any) -> Tensor:
         """`closure(*part)`, with the sparse layers told which tokens are which."""

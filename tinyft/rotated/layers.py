@@ -131,8 +131,9 @@ class QuantLinear(nn.Linear):
             return weight
         state = (weight._version, weight.data_ptr(), quantiser)
         if self._rounded is None or self._rounded_of != state:
-            with torch.no_grad():
-                if self._rounded is None or self._rounded.shape != weight.shape:
+            # An inference tensor could be used by no later step of training.
+            with torch.inference_mode(False), torch.no_grad():
+                if self._rounded is None or _kind(self._rounded) != _kind(weight):
                     self._rounded = torch.empty_like(weight, requires_grad=False)
                 quantiser.round(weight, self._rounded)
             self._rounded_of = state
@@ -163,6 +164,10 @@ class QuantLinear(nn.Linear):
     def freeze_int4(self, group: int) -> None:
         """Pack the weight to 4 bits in groups, as `kernels/int4_linear.py` multiplies them."""
         self.set_packed(pack_int4(self.weight, group))
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -3,11 +3,11 @@
 For every block, and every place where a rotation may act, both the rotated and the plain numbers
 are rounded by the quantiser that training will use, and the way of less error is taken:
 
-    ||Q(R'W) - R'W||^2 / ||W||^2 + ||Q(XR) - XR||^2 / ||X||^2
+    ||Q(R'W) - R'W||^2 / ||W||^2 + mean ||Q(XR) - XR||^2 / ||X||^2
 
-Deviations from the published code, which errs there: the quantiser is training's own, errors are
-relative (so that no large tensor outvotes the rest), and padding does not count. In one go each
-place gets the clip of least error.
+with the mean over batches X. Deviations from the published code, which errs there: the quantiser
+is training's own, errors are relative (so that no large tensor outvotes the rest), and padding does
+not count. In one go each place gets the clip of least error.
 
 | place | numbers that are rounded |
 |---|---|
@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from tinyft.dry_run import alike
 from tinyft.errors import InputError
 from tinyft.kernels.hadamard_quant import rotate_ref
+from tinyft.kernels.int4_linear import GROUPS
 from tinyft.memory import forget_mapped, trim
-from tinyft.rotated.families import family_of
+from tinyft.rotated.families import block_names, family_of
 from tinyft.rotated.layers import QuantLinear, convert
 from tinyft.rotated.quantisers import CLIPS, Int4Groups, Quantiser
 from tinyft.rotated.rotation import (
@@ -63,7 +64,7 @@ class Recipe:
         weights, activations, kv: bits, 2 to 8; 16 leaves them alone.
         rotations: `"adaptive"`, `"all"` or `"none"`.
         clip: share of each range that is kept; None searches it.
-        symmetric: quantisers of weights and activations.
+        symmetric: quantisers of weights, activations, keys and values.
         group: columns of a weight that share a range; 0 for whole rows.
         ste: `"identity"` or `"clipped"`, see `quantisers`.
         int4_base: weights frozen in the format of `kernels/int4_linear.py`.
@@ -97,7 +98,12 @@ class Recipe:
             found.append(f"clip must be above 0 and at most 1; found {self.clip}.")
         if self.int4_base and self.weights != 4:
             found.append(f"weights of a frozen base have 4 bits; found {self.weights}.")
-        if self.group < 0:
+        if self.int4_base and self.group and self.group not in GROUPS:
+            found.append(
+                f"group of a frozen base must be one of {', '.join(map(str, GROUPS))}; found "
+                f"{self.group}."
+            )
+        elif self.group < 0:
             found.append(f"group must be 0 (whole rows) or more; found {self.group}.")
         return found
 
@@ -157,18 +163,19 @@ class Rotated:
         self.choices: list[Choice] = []
         self.gains: dict[Tensor, float] = {}
         self.r1 = None
-        family_of(model)
+        family = family_of(model)
+        if recipe.group and not recipe.int4_base:  # before anything is changed
+            for name in block_names(model):
+                for path in family.linears():
+                    columns = model.get_submodule(f"{name}.{path}").in_features
+                    if columns % recipe.group:
+                        raise InputError(
+                            f"group {recipe.group} does not divide the {columns} columns of a "
+                            f"layer of this model."
+                        )
         if recipe.rotations != "none":
             self.r1 = Rotation.random(model.config.hidden_size, recipe.seed)
         convert(model)
-        if recipe.group and not recipe.int4_base:
-            for block in blocks_of(model):
-                for linear in block.linears():
-                    if linear.in_features % recipe.group:
-                        raise InputError(
-                            f"group {recipe.group} does not divide the {linear.in_features} "
-                            f"columns of a layer of this model."
-                        )
         if self.r1 is not None:
             if arithmetic:
                 self.gains = fuse(model, self.r1)
@@ -376,7 +383,8 @@ class _Listener:
             yield True, rotate_ref(x)
 
     def least(self, place: str, turned: bool) -> float:
-        return self.errors[place, turned].min().item()
+        """The mean error over batches, at the best clip."""
+        return self.errors[place, turned].min().item() / self.batches
 
     def best_clip(self, place: str, turned: bool) -> float:
         return self.recipe.clips[int(self.errors[place, turned].argmin())]

@@ -81,14 +81,21 @@ def decompose(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     weight = weight.float().t()
     if 8 * rank < min(weight.shape):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            _generator(weight.device).manual_seed(0)
             U, S, V = torch.svd_lowrank(weight, q=rank + 8, niter=4)
     else:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         V = Vh.t()
     root = S[:rank].sqrt()
     return (U[:, :rank] * root).contiguous(), (V[:, :rank] * root).t().contiguous()
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """What `device` draws from; `torch.manual_seed` would seed those of all devices."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
 
 
 def estimators(

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyft import dry_run
 from tinyft.errors import InputError
+from tinyft.importance import undisturbed
 from tinyft.kernels.rows import join, split
+from tinyft.losses import close
 from tinyft.sparse.channels import kept, qk_channels, top, vo_channels
 from tinyft.sparse.estimator import Estimator
 from tinyft.sparse.projection import Projection
@@ -149,6 +152,23 @@ class SparseMLP:
         weight = self.down.dense()
         wide = torch.promote_types(weight.dtype, torch.float32)
         return torch.linalg.vector_norm(weight, dim=0, dtype=wide).float()
+
+    @torch.no_grad()
+    def check(self, dtype: torch.dtype) -> None:
+        """Compare what is computed here with what the module does, in evaluation mode.
+
+        Raises:
+            InputError: it does something else.
+        """
+        first = next(iter(self.first.values()))
+        x = torch.randn(1, 2, first.n_in, generator=torch.Generator().manual_seed(0))
+        x = x.to(first.base.weight.device, dtype)
+        inner = self.inner({key: p.layer(x) for key, p in self.first.items()})
+        if not close(self.after(self.down.layer(inner)), self.module(x)):
+            raise InputError(
+                f"A {type(self.module).__name__} does more than its layers and its activation, "
+                f"which SparseLoRA would leave out. Use --method lora."
+            )
 
     def select(self, x: Tensor, tokens: Tokens, sparsity: float) -> Tensor:
         return top(self.scores(x, tokens), sparsity, self.context.block)
@@ -356,7 +376,7 @@ def find(
     False: none), in the order of the layers.
 
     Raises:
-        InputError: no MLP of a known form.
+        InputError: no MLP of a known form, or one that only seems to be.
     """
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
@@ -381,6 +401,11 @@ def find(
             f"{' or '.join(' and '.join(pair) for pair in _PLAIN)} and an activation; this "
             f"{type(model).__name__} has none. Use --method lora."
         )
+    if dry_run.current() is None:  # which has no values to compare
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        with undisturbed(model, evaluating=True):
+            for mlp in mlps:
+                mlp.check(dtype)
     if attention and not attentions:
         log.warning(
             "%s: attention of this form stays dense; its MLPs can be sparse.", type(model).__name__

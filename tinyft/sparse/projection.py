@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tinyft.adapters import LoRALinear, absmax, dense_weight
+from tinyft.errors import InputError
 from tinyft.kernels.dispatch import choose
 from tinyft.kernels.lora_linear import add_low_rank, lora_linear
 from tinyft.kernels.rows import columns_linear, rows_linear
 from tinyft.kernels.sparse_linear import sparse_linear
 from tinyft.memory import forget_mapped
+from tinyft.rotated.layers import QuantLinear
 
 
 class Projection:
@@ -33,12 +35,20 @@ class Projection:
         by: `"rows"` or `"columns"`: what will be selected. Columns of a plain weight are laid out
             for it now.
         exact: False: `scattered` and `from_some` pass no gradient through the base, as published.
+
+    Raises:
+        InputError: a layer of a rotated model.
     """
 
     def __init__(self, layer: nn.Module, by: str, *, exact: bool = True) -> None:
         self.layer, self.by, self.exact = layer, by, exact
         self.adapter = layer if isinstance(layer, LoRALinear) else None
         self.base = layer.base if self.adapter is not None else layer
+        if isinstance(self.base, QuantLinear):
+            raise InputError(
+                "SparseLoRA leaves out channels, and the rotations of this model (RoSTE's) mix "
+                "them. Use --method lora."
+            )
         self.n_out, self.n_in = self._shape()
         self._stored = self._lay_out() if self.base.weight.is_floating_point() else None
 
@@ -140,6 +150,8 @@ class Projection:
     def _in_triton(self, x: Tensor, index: Tensor) -> bool:
         """Whether the kernel reads rows where they are, and nothing is gathered."""
         if self._stored is None or self._stored.dtype != x.dtype:
+            return False
+        if torch.is_autocast_enabled(x.device.type):  # which casts what it knows, and not a kernel
             return False
         return choose("sparse_linear", "auto", x, self._stored, index) == "triton"
 

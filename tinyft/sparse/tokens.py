@@ -54,14 +54,14 @@ class Tokens:
         """Share out the tokens of rows padded on the right.
 
         Args:
-            labels: (R, T), -100 where there is no loss; None where one prediction is made at the
-                last token of a row, which then is the output.
+            labels: (R, T), -100 where there is no loss; None, or of another shape, where one
+                prediction is made at the last token of a row, which then is the output.
             mask: (R, T), 0 on padding.
             split: `"context"`, or `"all"`: every token is sparse.
         """
         if split == "all":
             output = torch.zeros_like(mask, dtype=torch.bool)
-        elif labels is None:
+        elif labels is None or labels.shape != mask.shape:
             ends = torch.nn.functional.pad(mask[:, 1:], (0, 1)) == 0
             output = ends & (mask != 0)
         else:
