@@ -13,10 +13,10 @@ import pytest
 from tiny_models import save_tiny_model
 
 import tinyft
-from tinyft import machine
+from tinyft import machine, planning
 from tinyft.budget import Budget
 from tinyft.cli import main
-from tinyft.config import as_flags
+from tinyft.config import TrainConfig, as_flags
 from tinyft.errors import BudgetError, InputError
 from tinyft.planning import make_plan
 
@@ -142,6 +142,27 @@ def test_what_stands_in_the_way_is_named(job):
         _ = make_plan(values, Budget(memory_bytes=(least + needs) // 2 - (8 << 20))).config
 
 
+def test_parts_of_a_batch_may_need_more_than_all_of_it(job, monkeypatch):
+    """Since they keep the gradients of all weights. What each setting needs is asked by itself."""
+    monkeypatch.setattr(planning, "anonymous_bytes", lambda: 0)  # of rows: differs a little
+    values = {**job, "method": "full", "dtype": "float32", "batch_size": 2}
+    values["optimizer"] = "adamw8bit"
+    (refused,) = make_plan(values, Budget(memory_bytes=1)).plan.verdicts
+    needs = {}
+    for setting in (setting for group in refused.candidate.groups for setting in group):
+        config = {k: v for k, v in setting.config.items() if k != "epochs"}
+        way = config["checkpointing"], config["grad_accumulation"]
+        (alone,) = make_plan(config, ROOMY).plan.verdicts
+        needs[way] = alone.cost.peak_memory_bytes
+    assert len(needs) == 4
+    assert needs["full", 1] < needs["full", 2]  # or this shows nothing
+    assert refused.least["memory_bytes"] == min(needs.values())
+    for limit in sorted(needs.values()):
+        config = make_plan(values, Budget(memory_bytes=limit)).config
+        way = config["checkpointing"], config["grad_accumulation"]
+        assert way == next(way for way, need in needs.items() if need <= limit)
+
+
 def test_bad_budgets(job, capsys):
     flags = [*as_flags(job), "--memory", "0", "--time", "12 parsecs", "--flops", "nan"]
     assert main(["plan", *flags]) == 2
@@ -194,6 +215,11 @@ def test_a_planned_run_keeps_to_its_plan(job, tmp_path, capfd):
 
 def test_as_a_function(job):
     rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
-    found = tinyft.plan(job["model"], rows, tinyft.Budget.parse(memory="1TiB"), method="lora")
-    assert found.config["method"] == "lora"
+    budget = tinyft.Budget.parse(memory="1TiB", flops=1e11, time="3600.5s")
+    found = tinyft.plan(job["model"], rows, budget, method="lora", memory="1B")
+    assert found.config["method"] == "lora" and "data" not in found.config
     assert found.plan.chosen.fits
+    # It is held to those limits, and not to those that they replace.
+    assert TrainConfig.build({**found.config, "data": "rows"}).budget == budget
+    report = tinyft.fit(data=rows, **found.config, quiet=True).report
+    assert report["guard"]["settings"] and report["measured"]["flops"] <= budget.flops

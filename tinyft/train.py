@@ -629,19 +629,19 @@ class _Session:
     def go_leaner(self, why: str, *, may_save: bool = True) -> None:
         """From the next step on. Written down, so that a resumed run does so, too."""
         examples = min(self.per_step, len(self.batches.items))
-        leaner = self.optimizer.settings(examples)[1:2]
-        if not leaner:
+        leaner = self.optimizer.leaner(examples)
+        if leaner is None:
             if self.keeps_state and may_save:
                 self.save(self.done)
             raise BudgetError(
                 f"--memory {self.config.memory} is too small: {why}, and there is no leaner way. "
                 f"{self.saved_so_far()} Go on with --resume and a larger --memory."
             )
-        self.set(leaner[0])
-        self.note(settings=[*self.memo.get("settings", []), {"step": self.done, **leaner[0]}])
+        self.set(leaner)
+        self.note(settings=[*self.memo.get("settings", []), {"step": self.done, **leaner}])
         self.reporter.info(
             f"--memory {self.config.memory}: {why}; from here steps are taken "
-            f"{_in_words(leaner[0])}."
+            f"{_in_words(leaner)}."
         )
 
     def saved_so_far(self) -> str:
