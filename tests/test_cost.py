@@ -79,7 +79,9 @@ def test_experts_count_for_the_tokens_that_they_see(name, implementation, monkey
 
     def counted(experts):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=experts)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, experts_implementation=experts
+        )
         with FlopCounter() as counter:
             model(input_ids=ids, labels=ids).loss.backward()
         return counter

@@ -78,7 +78,7 @@ def test_few_layers_tell_what_many_take(job, way):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", ["gemma3", "mixtral"])
 def test_a_language_model_inside_another_and_experts(family, method, tmp_path, tiny_tokenizer):
-    """Layers are those of the nested configuration; a step's FLOPs are those of the model itself."""
+    """Layers are those of the nested configuration; a step's FLOPs are the model's own."""
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS}
     text |= {"vocab_size": 400, "num_attention_heads": 4, "num_key_value_heads": 2}
     if family == "gemma3":

@@ -65,8 +65,8 @@ _FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten._scaled_dot_product_efficient_attention_backward: lambda a, _: _attention_backward(*a[:4]),
     aten._scaled_dot_product_cudnn_attention_backward: lambda a, _: _attention_backward(*a[:4]),
     aten._int_mm: lambda a, _: _product(a[0], a[1]),
-    # Of experts, whose rows lie one after the other: `(M, K) @ (E, K, N)`, every row by one expert's
-    # weight; and for the weights' gradients `(K, M) @ (M, N)`.
+    # Of experts, whose rows lie one after the other: `(M, K) @ (E, K, N)`, every row by one
+    # expert's weight; and for the weights' gradients `(K, M) @ (M, N)`.
     aten._grouped_mm: lambda a, _: _product(a[0], a[1]),
 }
 # Operators of transformers in the place of the last, by name: a program may come without them.

@@ -642,8 +642,7 @@ class _Session:
         self.set(leaner)
         self.note(settings=[*self.memo.get("settings", []), {"step": self.done, **leaner}])
         self.reporter.info(
-            f"--memory {self.config.memory}: {why}; from here steps are taken "
-            f"{_in_words(leaner)}."
+            f"--memory {self.config.memory}: {why}; from here steps are taken {_in_words(leaner)}."
         )
 
     def saved_so_far(self) -> str:
