@@ -122,12 +122,15 @@ def test_a_due_evaluation_is_no_reason_to_be_late(clock):
 
 @pytest.fixture
 def powercap(tmp_path):
-    """Two packages, a part of one, and how to set what they show."""
+    """Two packages, a part of one, the whole machine, and how to set what they show."""
 
     def show(*energies_uj):
-        for zone, energy in zip(("0", "1", "0:0"), (*energies_uj, 10**9), strict=True):
+        zones = {"0": "package-0", "1": "package-1", "0:0": "core", "2": "psys"}
+        rest = (10**9, sum(energies_uj))
+        for (zone, name), energy in zip(zones.items(), (*energies_uj, *rest), strict=True):
             folder = tmp_path / f"intel-rapl:{zone}"
             folder.mkdir(exist_ok=True)
+            (folder / "name").write_text(f"{name}\n")
             (folder / "max_energy_range_uj").write_text("999999\n")
             (folder / "energy_uj").write_text(f"{energy}\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import subprocess
@@ -94,6 +95,57 @@ def test_environments_are_measured_apart(monkeypatch):
     assert machine._fingerprint() == here
     monkeypatch.setattr(sys, "prefix", "/another/venv")
     assert machine._fingerprint() != here
+
+
+class Drawing:
+    """A meter of energy that shows 50 J whenever it is asked."""
+
+    def joules(self):
+        return 50.0
+
+
+def test_what_this_machine_draws_is_measured(job, monkeypatch):
+    """And so energy can be limited; a file of before counters could be read does not stand."""
+    from tinyft.guard import EnergyMeter
+    from tinyft.kernels import widened
+
+    monkeypatch.setattr(EnergyMeter, "where_readable", lambda: None)
+    without = machine._fingerprint()
+    monkeypatch.setattr(EnergyMeter, "where_readable", Drawing)
+    assert machine._fingerprint() != without
+    monkeypatch.setattr(machine, "import_libraries", lambda: None)
+    try:
+        found = machine._measure()
+    finally:
+        widened.remove()
+    assert found.power_w > 0
+    here = dataclasses.replace(found, memory_bytes=1 << 40, startup_s=0.0, power_w=10.0)
+    monkeypatch.setattr(planning, "this_machine", lambda: here)
+    values = {**job, "method": "lora", "dtype": "float32", "base_bits": 16, "epochs": 1000}
+    (free,) = make_plan(values, ROOMY).plan.verdicts
+    limit = free.totals["energy_j"] / 2
+    assert limit == pytest.approx(5 * free.totals["time_s"])
+    (held,) = make_plan({**values, "energy": f"{limit}J"}).plan.verdicts
+    assert held.fits and held.totals["energy_j"] <= limit
+    assert held.steps == pytest.approx(free.steps / 2, rel=0.05)
+
+
+def test_memory_is_that_of_the_container(tmp_path):
+    """Version 2, with groups above; version 1, and a path that the container does not see."""
+    for folder, limit in (("", "max"), ("a", "3000"), ("a/b", "2000"), ("other", "10")):
+        (tmp_path / "v2" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v2" / folder / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "v1/memory").mkdir(parents=True)
+    (tmp_path / "v1/memory/memory.limit_in_bytes").write_text("1500\n")
+    own = tmp_path / "own"
+    for text, version, limits in (
+        ("0::/a/b\n", "v2", [2000, 3000]),
+        ("0::/\n", "v2", []),
+        ("3:cpu:/x\n2:memory:/docker/x\n0::/docker/x\n", "v1", [1500]),
+    ):
+        own.write_text(text)
+        assert [*machine._group_limits(tmp_path / version, own)] == limits
+    assert [*machine._group_limits(tmp_path, tmp_path / "none")] == []
 
 
 def test_plan_is_json(job, capfd):

@@ -180,9 +180,10 @@ def make_plan(
     if budget.memory_bytes is None:
         budget = replace(budget, memory_bytes=machine.memory_bytes)
     if budget.energy_j and machine.power_w is None:
+        why = "" if target else ": its counters (RAPL) are missing or may not be read"
         raise InputError(
             f"{spell('energy')} needs to know what the machine draws, and of {machine.name} that "
-            f"is not known: name a {spell('target')}, or limit the time instead."
+            f"is not known{why}. Limit the time instead ({spell('time')})."
         )
     job = _job(first, rows or {})
     roomy = target or budget.memory_bytes >= _ROOM_TO_FORK_BYTES
