@@ -24,7 +24,7 @@ import numpy as np
 from commands import add, held_out, kept, scores, train
 
 from tinyft.budget import Budget
-from tinyft.config import as_flags
+from tinyft.config import LIMITS, as_flags
 from tinyft.planner import Verdict
 from tinyft.planning import make_plan
 
@@ -47,9 +47,10 @@ def verdicts(values: Mapping[str, Any], budget: Budget) -> Sequence[Verdict]:
 
 
 def run(verdict: Verdict, flops: float, output: Path) -> dict[str, Any]:
-    """One candidate, scored on the way."""
+    """One candidate, scored on the way; without the limits that it was planned for."""
     steps = PARTS * round(flops / verdict.cost.flops_per_step / PARTS)
-    config = {k: v for k, v in verdict.setting.config.items() if k not in ("epochs", "output")}
+    without = {"epochs", "output", *LIMITS}
+    config = {k: v for k, v in verdict.setting.config.items() if k not in without}
     train(as_flags({**config, "steps": steps, "eval_every": steps // PARTS}), output)
     loss = scores(output)
     measured = json.loads((output / "report.json").read_text())["measured"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shlex
 import signal
@@ -16,8 +17,11 @@ from tiny_models import save_tiny_model
 from tinyft.benchmark import command, grid, peers, runner, tasks
 from tinyft.benchmark.runner import Bench
 from tinyft.cli import main
-from tinyft.errors import BudgetError, InputError
+from tinyft.config import TrainConfig
+from tinyft.errors import BudgetError, InputError, TransientError
+from tinyft.guard import EnergyMeter
 from tinyft.optim import METHODS
+from tinyft.output import OutputFolder
 from tinyft.report import versions
 
 
@@ -216,6 +220,54 @@ def test_what_a_peer_lacks(monkeypatch):
     assert peers.missing("torch-full") is None
 
 
+@pytest.mark.parametrize("when", ["planning", "running"])
+def test_what_the_disk_or_the_network_failed_is_done_again(
+    job, tmp_path, in_process, monkeypatch, when
+):
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_hub(*_, **__):
+        raise TransientError("No hub answers.")
+
+    words = flags(job, tmp_path / "out", "--flops", "2e7", "--methods", "full", "--lr-search", "1")
+    with monkeypatch.context() as patch:
+        if when == "planning":
+            patch.setattr(runner, "make_plan", no_hub)
+        else:
+            patch.setattr(OutputFolder, "save_report", no_room)
+        assert main(words) == 1
+    assert not table(tmp_path / "out")
+    assert main(words) == 0
+    assert [row["status"] for row in runs(tmp_path / "out")] == ["done"]
+
+
+def test_a_peer_s_time_is_that_of_its_steps(job, monkeypatch):
+    """Not of what its library does before; and counters of energy are asked in every step."""
+    now, asked = [100.0], []
+
+    def train(model, config, stream, loss_of):
+        now[0] += 50  # imports
+        for _ in stream():
+            now[0] += 2
+        return model
+
+    class Energy:
+        def joules(self):
+            asked.append(now[0])
+            return 7.0
+
+    monkeypatch.setattr(peers, "perf_counter", lambda: now[0])
+    monkeypatch.setitem(peers._TRAIN, "torch-full", train)
+    monkeypatch.setattr(EnergyMeter, "where_readable", Energy)
+    films = str(job / "films.jsonl")
+    values = {"model": str(job / "llama"), "data": films, "eval_data": films, "method": "full"}
+    config = TrainConfig.build({**values, "steps": 3, "lr": 1e-3})
+    found = peers.repeat("torch-full", config)["measured"]
+    assert (found["wall_s"], found["elapsed_s"], found["energy_j"]) == (6.0, 56.0, 7.0)
+    assert asked == [150.0, 152.0, 154.0, 156.0]
+
+
 def test_interrupted_and_shared(job, tmp_path, monkeypatch):
     """Stopped amid a run; then two processes go on at once, and nothing is done twice."""
     out = tmp_path / "out"
@@ -301,6 +353,24 @@ def test_units_wait_for_nothing_that_comes_later():
 
 def test_rates():
     assert grid.rates(2e-5, [16, 1, 4]) == [2e-5, 8e-5, 3.2e-4]
+
+
+def test_rows_are_those_of_the_same_file(tmp_path):
+    """Whatever its name; and a line ends where a line of the file ends."""
+    rows = [json.dumps({"text": f"{i}\u2028and\x85on"}, ensure_ascii=False) for i in range(20)]
+    for folder, text in (("v1", rows), ("v2", rows[1:]), ("v3", rows)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.jsonl").write_bytes("\r\n".join(text).encode())
+    out = tmp_path / "data"
+    found = tasks.make("t", str(tmp_path / "v1/t.jsonl"), out, 3)
+    parts = [path.read_bytes().split(b"\n")[:-1] for path in (found.train, found.test)]
+    assert [len(part) for part in parts] == [14, 3]
+    assert {line.decode() for part in parts for line in part} < set(rows)
+    assert tasks.make("t", str(tmp_path / "v3/t.jsonl"), out, 3) == found
+    with pytest.raises(InputError, match=r"v2/t\.jsonl is not what .* were taken from .*v1/t"):
+        tasks.make("t", str(tmp_path / "v2/t.jsonl"), out, 3)
+    (out / "t/source.json").unlink()  # as folders were before
+    assert tasks.make("t", str(tmp_path / "v2/t.jsonl"), out, 3) == found
 
 
 def test_rows_to_tune_on_are_not_those_scored(tmp_path):

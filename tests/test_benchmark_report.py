@@ -105,6 +105,16 @@ def of(task: str, flops: float, method: str, name: str) -> list[float]:
     ]
 
 
+def test_names_are_no_html():
+    named = [{**row, "task": f"<u>{row['task']}"} for row in ROWS]
+    points = summary.points(named)
+    choices = summary.choices(
+        [{**p, "task": f"<u>{p['task']}", "candidate": "<u>"} for p in plans()], points
+    )
+    text = page.html(named, points, choices)
+    assert "<u>" not in text and "&lt;u&gt;films" in text
+
+
 def test_points_are_means_over_seeds():
     assert len(POINTS) == 2 * len(BUDGETS) * len(METHODS)
     for p in POINTS:

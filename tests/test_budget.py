@@ -12,6 +12,12 @@ from tinyft.errors import InputError
 KIB, MIB, GIB, TIB = 1024, 1_048_576, 1_073_741_824, 1_099_511_627_776
 
 
+def test_what_is_written_is_read_again():
+    budget = Budget(9_007_199_254_740_993, 1e16 / 3, 1e-5, 1.1e300 / 3)
+    assert Budget.parse(**budget.written) == budget
+    assert Budget(time_s=90.0).written == {"time": "90.0s"}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -326,7 +326,7 @@ def test_a_full_disk(place):
     done = subprocess.run(
         command(*words), capture_output=True, text=True, preexec_fn=limit, env=ENVIRONMENT
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 4, done.stderr
     assert "There is no room to write to out" in done.stderr and "Traceback" not in done.stderr
     names = {path.name for path in (place / "out").iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "run.json"}

@@ -62,6 +62,37 @@ def test_fused_attention_counts_what_its_products_would():
     assert fused_backward == backward * 5 // 4  # the fused kernel forms the scores again
 
 
+@pytest.mark.parametrize("name", ["MixtralConfig", "OlmoeConfig"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "fallback"])
+def test_experts_count_for_the_tokens_that_they_see(name, implementation, monkeypatch):
+    """By hand, and as the loop over experts that is made of ordinary products."""
+    import transformers
+    from transformers.integrations import moe
+
+    d, f, layers, k = 32, 64, 2, 3
+    shape = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": k}
+    config = getattr(transformers, name)(**shape, vocab_size=400, eos_token_id=2, num_experts=5)
+    ids = torch.randint(3, 300, (3, 7))
+    if implementation == "fallback":
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+
+    def counted(experts):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, experts_implementation=experts
+        )
+        with FlopCounter() as counter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        return counter
+
+    found = counted("grouped_mm")
+    experts = sum(n for name, n in found.by_operator.items() if "grouped_mm" in name)
+    # Gate, up and down; forward, and backward for the rows and for the weights.
+    assert experts == 3 * 2 * ids.numel() * k * 3 * d * f * layers
+    assert found.flops == counted("eager").flops
+
+
 def test_a_zeroth_order_step_costs_two_forward_passes(llama):
     ids = torch.randint(3, 300, (4, 7))
     optimizer = tinyft.MeZO(llama)

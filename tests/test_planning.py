@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 from tiny_models import save_tiny_model
 
 import tinyft
-from tinyft import machine
+from tinyft import machine, planning
 from tinyft.budget import Budget
 from tinyft.cli import main
-from tinyft.config import as_flags
+from tinyft.config import TrainConfig, as_flags
 from tinyft.errors import BudgetError, InputError
 from tinyft.planning import make_plan
 
@@ -96,6 +97,57 @@ def test_environments_are_measured_apart(monkeypatch):
     assert machine._fingerprint() != here
 
 
+class Drawing:
+    """A meter of energy that shows 50 J whenever it is asked."""
+
+    def joules(self):
+        return 50.0
+
+
+def test_what_this_machine_draws_is_measured(job, monkeypatch):
+    """And so energy can be limited; a file of before counters could be read does not stand."""
+    from tinyft.guard import EnergyMeter
+    from tinyft.kernels import widened
+
+    monkeypatch.setattr(EnergyMeter, "where_readable", lambda: None)
+    without = machine._fingerprint()
+    monkeypatch.setattr(EnergyMeter, "where_readable", Drawing)
+    assert machine._fingerprint() != without
+    monkeypatch.setattr(machine, "import_libraries", lambda: None)
+    try:
+        found = machine._measure()
+    finally:
+        widened.remove()
+    assert found.power_w > 0
+    here = dataclasses.replace(found, memory_bytes=1 << 40, startup_s=0.0, power_w=10.0)
+    monkeypatch.setattr(planning, "this_machine", lambda: here)
+    values = {**job, "method": "lora", "dtype": "float32", "base_bits": 16, "epochs": 1000}
+    (free,) = make_plan(values, ROOMY).plan.verdicts
+    limit = free.totals["energy_j"] / 2
+    assert limit == pytest.approx(5 * free.totals["time_s"])
+    (held,) = make_plan({**values, "energy": f"{limit}J"}).plan.verdicts
+    assert held.fits and held.totals["energy_j"] <= limit
+    assert held.steps == pytest.approx(free.steps / 2, rel=0.05)
+
+
+def test_memory_is_that_of_the_container(tmp_path):
+    """Version 2, with groups above; version 1, and a path that the container does not see."""
+    for folder, limit in (("", "max"), ("a", "3000"), ("a/b", "2000"), ("other", "10")):
+        (tmp_path / "v2" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v2" / folder / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "v1/memory").mkdir(parents=True)
+    (tmp_path / "v1/memory/memory.limit_in_bytes").write_text("1500\n")
+    own = tmp_path / "own"
+    for text, version, limits in (
+        ("0::/a/b\n", "v2", [2000, 3000]),
+        ("0::/\n", "v2", []),
+        ("3:cpu:/x\n2:memory:/docker/x\n0::/docker/x\n", "v1", [1500]),
+    ):
+        own.write_text(text)
+        assert [*machine._group_limits(tmp_path / version, own)] == limits
+    assert [*machine._group_limits(tmp_path, tmp_path / "none")] == []
+
+
 def test_plan_is_json(job, capfd):
     assert main(["plan", *as_flags(job), "--memory", "100GiB", "--flops", "1e12", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
@@ -140,6 +192,27 @@ def test_what_stands_in_the_way_is_named(job):
     assert least < needs
     with pytest.raises(BudgetError, match=r"[Ww]ithout method full, .* fits"):
         _ = make_plan(values, Budget(memory_bytes=(least + needs) // 2 - (8 << 20))).config
+
+
+def test_parts_of_a_batch_may_need_more_than_all_of_it(job, monkeypatch):
+    """Since they keep the gradients of all weights. What each setting needs is asked by itself."""
+    monkeypatch.setattr(planning, "anonymous_bytes", lambda: 0)  # of rows: differs a little
+    values = {**job, "method": "full", "dtype": "float32", "batch_size": 2}
+    values["optimizer"] = "adamw8bit"
+    (refused,) = make_plan(values, Budget(memory_bytes=1)).plan.verdicts
+    needs = {}
+    for setting in (setting for group in refused.candidate.groups for setting in group):
+        config = {k: v for k, v in setting.config.items() if k != "epochs"}
+        way = config["checkpointing"], config["grad_accumulation"]
+        (alone,) = make_plan(config, ROOMY).plan.verdicts
+        needs[way] = alone.cost.peak_memory_bytes
+    assert len(needs) == 4
+    assert needs["full", 1] < needs["full", 2]  # or this shows nothing
+    assert refused.least["memory_bytes"] == min(needs.values())
+    for limit in sorted(needs.values()):
+        config = make_plan(values, Budget(memory_bytes=limit)).config
+        way = config["checkpointing"], config["grad_accumulation"]
+        assert way == next(way for way, need in needs.items() if need <= limit)
 
 
 def test_bad_budgets(job, capsys):
@@ -205,6 +278,11 @@ def test_a_planned_run_keeps_to_its_plan(job, tmp_path, capfd):
 
 def test_as_a_function(job):
     rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
-    found = tinyft.plan(job["model"], rows, tinyft.Budget.parse(memory="1TiB"), method="lora")
-    assert found.config["method"] == "lora"
+    budget = tinyft.Budget.parse(memory="1TiB", flops=1e11, time="3600.5s")
+    found = tinyft.plan(job["model"], rows, budget, method="lora", memory="1B")
+    assert found.config["method"] == "lora" and "data" not in found.config
     assert found.plan.chosen.fits
+    # It is held to those limits, and not to those that they replace.
+    assert TrainConfig.build({**found.config, "data": "rows"}).budget == budget
+    report = tinyft.fit(data=rows, **found.config, quiet=True).report
+    assert report["guard"]["settings"] and report["measured"]["flops"] <= budget.flops

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+import transformers
 from tiny_models import config_of
 
 from tinyft.config import TrainConfig
+from tinyft.cost import FlopCounter
+from tinyft.data import encode
 from tinyft.depth import few_layers, with_layers
+from tinyft.inputs import read_source
+from tinyft.losses import check_head, objective_of
 from tinyft.models import outline
+from tinyft.optim import METHODS
 from tinyft.pricing import Job, _look, _traced
 
 LAYERS = 11
@@ -31,12 +37,13 @@ WAYS = [
 
 @pytest.fixture(scope="module", params=WIDE)
 def job(request, tmp_path_factory, tiny_tokenizer):
-    from tinyft.data import encode
-    from tinyft.inputs import read_source
-
-    folder = tmp_path_factory.mktemp(request.param)
     config = config_of(request.param, num_hidden_layers=LAYERS, **WIDE[request.param])
     config.architectures = ["BertForMaskedLM" if request.param == "bert" else "X"]
+    return job_of(config, tmp_path_factory.mktemp(request.param), tiny_tokenizer)
+
+
+def job_of(config, folder, tiny_tokenizer):
+    """A job for a model of a configuration, and the fields of its runs."""
     config.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     rows = [
@@ -66,6 +73,44 @@ def test_few_layers_tell_what_many_take(job, way):
         assert one.operations == pytest.approx(other.operations, rel=1e-2)
         assert one.other_bytes == pytest.approx(other.other_bytes, rel=1e-2)
         assert one.product_bytes == pytest.approx(other.product_bytes, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["gemma3", "mixtral"])
+def test_a_language_model_inside_another_and_experts(family, method, tmp_path, tiny_tokenizer):
+    """Layers are those of the nested configuration; a step's FLOPs are the model's own."""
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS}
+    text |= {"vocab_size": 400, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if family == "gemma3":
+        kinds = ["sliding_attention", "full_attention"] * LAYERS
+        vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32}
+        vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+        config = transformers.Gemma3Config(
+            text_config={**text, "head_dim": 8, "layer_types": kinds[:LAYERS]},
+            vision_config={**vision, "patch_size": 14},
+            mm_tokens_per_image=4,
+        )
+    else:
+        config = transformers.MixtralConfig(**text, num_local_experts=4, num_experts_per_tok=2)
+    job, values = job_of(config, tmp_path, tiny_tokenizer)
+    assert job.few_layers is not None
+    run = TrainConfig.build({**values, "method": method, "steps": 1}).with_lr(config)
+    found = _traced(run, job)
+    whole = _look(run, job, config).as_trace()
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=2e-3)
+    assert found.step.flops == pytest.approx(whole.step.flops, rel=1e-6)
+    optimizer = METHODS[method].attach(job.outline.build("float32"), run)
+    check_head(optimizer.model)
+    loss = objective_of(run.objective, job.encoded.kind)
+    with FlopCounter() as counter:
+        optimizer.step(lambda part: loss(optimizer.model, part), job.batches(8, 0)[0])
+    assert found.step.flops == pytest.approx(counter.flops, rel=1e-3)
+
+
+def test_a_model_without_layers_is_looked_at_as_it_is():
+    config = config_of("llama")
+    config.num_hidden_layers = 0
+    assert few_layers(config, lambda c: 1) is None
 
 
 def test_rounds_of_different_layers():

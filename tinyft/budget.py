@@ -44,6 +44,14 @@ class Budget:
         """Those that there are, by the name of their field."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    @property
+    def written(self) -> dict[str, str]:
+        """The same as `parse` takes them, to the last digit."""
+        units = {"memory_bytes": "B", "flops": "", "time_s": "s", "energy_j": "J"}
+        return {
+            name.partition("_")[0]: f"{value!r}{units[name]}" for name, value in self.limits.items()
+        }
+
     def __post_init__(self) -> None:
         problems = [
             f"{f.name} must be a number above 0; found {value!r}"

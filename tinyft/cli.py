@@ -1,6 +1,7 @@
 """The command line: plan, train, eval, merge, export, import, bench, demo, targets. Wiring only.
 
-Exit codes: 0 done, 2 bad input or usage, 3 does not fit the budget, 128 + n stopped by signal n.
+Exit codes: 0 done, 2 bad input or usage, 3 does not fit the budget, 4 a full disk or no network,
+128 + n stopped by signal n.
 Heavy modules are imported by the command that needs them, so that `tinyft --help` is quick.
 """
 

@@ -65,6 +65,14 @@ _FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten._scaled_dot_product_efficient_attention_backward: lambda a, _: _attention_backward(*a[:4]),
     aten._scaled_dot_product_cudnn_attention_backward: lambda a, _: _attention_backward(*a[:4]),
     aten._int_mm: lambda a, _: _product(a[0], a[1]),
+    # Of experts, whose rows lie one after the other: `(M, K) @ (E, K, N)`, every row by one
+    # expert's weight; and for the weights' gradients `(K, M) @ (M, N)`.
+    aten._grouped_mm: lambda a, _: _product(a[0], a[1]),
+}
+# Operators of transformers in the place of the last, by name: a program may come without them.
+_EXPERTS: dict[str, Callable[[tuple], int]] = {
+    "grouped_mm_fallback": lambda a: _product(a[0], a[1]),
+    "grouped_mm_fallback_backward": lambda a: 2 * _product(a[0], a[1]),
 }
 
 
@@ -94,6 +102,8 @@ def flops_of(func: Any, args: tuple, out: Any) -> int:
     packet = func._overloadpacket
     if formula := _FORMULAS.get(packet):
         return formula(args, out)
+    if func.namespace == "transformers" and (formula := _EXPERTS.get(packet.__name__)):
+        return formula(args)
     return _packed_product(packet.__name__, args, out) if func.namespace == "bitsandbytes" else 0
 
 

@@ -15,14 +15,15 @@ _FEW = 3  # layers: a first, a last, and one between
 
 
 def with_layers(config: Any, n: int) -> Any:
-    """A copy of a transformers configuration for the first `n` layers: every list of it that has
-    an entry a layer is as much shorter."""
-    before = config.num_hidden_layers
+    """A copy of a transformers configuration for the first `n` layers of its language model: every
+    list that has an entry a layer is as much shorter."""
     config = copy.deepcopy(config)
-    for name, value in list(vars(config).items()):
+    text = config.get_text_config()
+    before = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == before:
-            setattr(config, name, value[:n])
-    config.num_hidden_layers = n
+            setattr(text, name, value[:n])
+    text.num_hidden_layers = n
     return config
 
 
@@ -40,8 +41,11 @@ def few_layers(config: Any, n_parameters: Callable[[Any], int]) -> tuple[int, in
     Returns:
         None where layers differ so, or where there are few of them anyway.
     """
-    n = getattr(config, "num_hidden_layers", None) or 0
-    kinds = getattr(config, "layer_types", None) or [""] * n
+    text = config.get_text_config()
+    n = getattr(text, "num_hidden_layers", None) or 0
+    if n <= _FEW:
+        return None
+    kinds = getattr(text, "layer_types", None) or [""] * n
     period = next((p for p in range(1, n) if kinds[p:] == kinds[: n - p]), n)
     few = _FEW + (n - _FEW) % period
     if few + 2 * period > n:

@@ -15,6 +15,13 @@ class InputError(TinyFTError, ValueError):
     exit_code = 2
 
 
+class TransientError(InputError):
+    """Nothing is wrong with what was asked: a full disk, a hub or registry that does not answer.
+    The same again may work. Exit code 4."""
+
+    exit_code = 4
+
+
 class BudgetError(TinyFTError):
     """The job does not fit the memory, FLOPs or time at hand. Exit code 3."""
 

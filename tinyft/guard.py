@@ -132,8 +132,13 @@ class EnergyMeter:
     """
 
     def __init__(self, root: Path = _POWERCAP) -> None:
-        # intel-rapl:0 is a package (of AMD's, too), intel-rapl:0:0 a part of it.
-        self._zones = [p for p in sorted(root.glob("intel-rapl:*")) if p.name.count(":") == 1]
+        # intel-rapl:0 is a package (of AMD's, too), intel-rapl:0:0 a part of it; intel-rapl:1 is
+        # another package or, of laptops, the whole machine ("psys"), packages included.
+        self._zones = [
+            zone.parent
+            for zone in sorted(root.glob("intel-rapl:*/name"))
+            if zone.read_text().startswith("package")
+        ]
         if not self._zones:
             raise InputError(
                 "A limit on energy needs counters of what the processor draws (RAPL), and this "

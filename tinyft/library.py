@@ -78,7 +78,8 @@ def plan(
         fields: any field of `TrainConfig` or option of a method, kept as given.
 
     Returns:
-        The plan; its `config` holds what `fit` takes.
+        The plan; its `config` holds what `fit` takes, the limits too. Rows are no part of it:
+        `fit(data=rows, **found.config)`.
 
     Raises:
         InputError: naming all that is wrong with the arguments.

@@ -14,9 +14,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -116,10 +117,31 @@ def this_machine() -> Machine:
 
 
 def available_bytes() -> int:
-    """Memory that a process of ours could have now: free, or held by caches that give way."""
+    """Memory that a process of ours could have now: free, or held by caches that give way; no more
+    than its control groups (a container) allow."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_group_limits()])
+
+
+def _group_limits(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[int]:
+    """Bytes allowed to the process's control group and to each above it, of either version."""
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        top, name = root, "memory.max"
+        if controllers:
+            top, name = root / "memory", "memory.limit_in_bytes"
+            if "memory" not in controllers.split(","):
+                continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            limit = folder / name
+            if folder.is_relative_to(top) and limit.is_file():
+                text = limit.read_text().strip()
+                if text.isdigit():  # else "max"
+                    yield int(text)
 
 
 def import_libraries() -> None:
@@ -137,7 +159,10 @@ def import_libraries() -> None:
 
 def _fingerprint() -> str:
     """Of the processor, the threads and the libraries that decide the figures, and of where those
-    lie: the same versions took 441 MiB from one virtual environment and 452 from another."""
+    lie: the same versions took 441 MiB from one virtual environment and 452 from another; and of
+    whether energy could be measured."""
+    from tinyft.guard import EnergyMeter
+
     libraries = [
         next((d.version for d in metadata.distributions(name=name)), None)
         for name in ("torch", "transformers", "bitsandbytes", "triton")
@@ -152,6 +177,7 @@ def _fingerprint() -> str:
         sys.prefix,
         threads,
         *libraries,
+        *(["energy"] if EnergyMeter.where_readable() else []),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -167,6 +193,7 @@ def _measure() -> Machine:
 
     from tinyft.data import Batch
     from tinyft.dry_run import DryRun
+    from tinyft.guard import EnergyMeter
     from tinyft.kernels import widened
     from tinyft.losses import objective
     from tinyft.memory import resident_bytes, trim
@@ -211,11 +238,13 @@ def _measure() -> Machine:
     packing_bytes = resident_bytes() - before_packing
 
     widened.install()  # as a run does
-    rates = {}
+    rates, meter, began = {}, EnergyMeter.where_readable(), perf_counter()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, w = torch.ones(512, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
         seconds = time_of(lambda x=x, w=w: torch.nn.functional.linear(x, w), times=15)
         rates[str(dtype)[6:]] = 2 * 512 * 768 * 2048 / seconds
+    # Of a machine that is busy with products alone, and 0 where counters stand still.
+    power_w = meter.joules() / (perf_counter() - began) if meter else None
     for dtype in widened.missing():  # multiplied as float32: faster only by the clock's noise
         name = str(dtype)[6:]
         rates[name] = min(rates[name], rates["float32"])
@@ -230,6 +259,7 @@ def _measure() -> Machine:
         bandwidth_bytes_per_s=bandwidth,
         overhead_s=median(overheads),
         startup_s=startup_s,
+        power_w=power_w or None,
     )
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
 from tinyft.data import Encoded, pad_id
-from tinyft.errors import InputError
+from tinyft.errors import InputError, TransientError
 from tinyft.kernels import widened
 from tinyft.memory import bound_compiled_products
 from tinyft.packing import pack
@@ -571,7 +571,7 @@ def save_model(model: nn.Module, tokenizer: Any, directory: str | Path) -> None:
     except Exception as error:
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
-        raise InputError(
+        raise (TransientError if is_disk_full(error) else InputError)(
             f"Cannot write the model to {directory}: {error}. Free some space or choose another "
             f"--output; what was saved before is still there."
         ) from error

@@ -64,13 +64,19 @@ class Candidate:
         name: of the method and what sets it apart, e.g. `"lora, 4-bit base, bfloat16"`.
         method: its name alone.
         groups: of settings; earlier groups are preferred. In each the first needs least time, and
-            every setting needs less memory than the one before. The last of the last group needs
-            least of all.
+            every setting needs less memory than the one before.
+        n_leanest: of the last so many groups one's last setting needs least of all.
     """
 
     name: str
     method: str
     groups: tuple[tuple[Setting, ...], ...]
+    n_leanest: int = 1
+
+    @property
+    def leanest(self) -> tuple[Setting, ...]:
+        """One of these needs least of all."""
+        return tuple(group[-1] for group in self.groups[-self.n_leanest :])
 
 
 @dataclass(frozen=True)
@@ -167,25 +173,28 @@ def judge(candidate: Candidate, price: Price, worth: Worth, budget: Budget) -> V
 
 def _roomiest(candidate: Candidate, price: Price, limit: int | None) -> tuple[Setting, Cost]:
     """The first setting that stays in `limit`; where none does, the one that needs least."""
-    asked: dict[int, tuple[Setting, Cost]] = {}
+    asked: dict[int, Cost] = {}
+
+    def cost(setting: Setting) -> Cost:
+        if id(setting) not in asked:
+            asked[id(setting)] = price(setting)
+        return asked[id(setting)]
 
     def fits(setting: Setting) -> bool:
-        if id(setting) not in asked:
-            asked[id(setting)] = (setting, price(setting))
-        return limit is None or asked[id(setting)][1].peak_memory_bytes <= limit
+        return limit is None or cost(setting).peak_memory_bytes <= limit
 
-    leanest = candidate.groups[-1][-1]
-    if fits(candidate.groups[0][0]):
-        return asked[id(candidate.groups[0][0])]
-    if not fits(leanest):
-        return asked[id(leanest)]
-    group = next(group for group in candidate.groups if fits(group[-1]))
-    low, high = 0, len(group) - 1  # group[high] fits, and what fits needs less from there on
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(group[middle]) else (middle + 1, high)
-    fits(group[high])
-    return asked[id(group[high])]
+    found = candidate.groups[0][0]
+    if not fits(found):
+        if any(map(fits, candidate.leanest)):
+            group = next(group for group in candidate.groups if fits(group[-1]))
+            low, high = 0, len(group) - 1  # group[high] fits, and so does all after what fits
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if fits(group[middle]) else (middle + 1, high)
+            found = group[high]
+        else:
+            found = min(candidate.leanest, key=lambda one: cost(one).peak_memory_bytes)
+    return found, cost(found)
 
 
 def _excess(verdict: Verdict, budget: Budget) -> float:

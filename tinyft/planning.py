@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tinyft.budget import Budget
-from tinyft.config import TrainConfig
+from tinyft.config import LIMITS, TrainConfig
 from tinyft.data import Encoded, encode, encode_held_out
 from tinyft.errors import BudgetError, InputError
 from tinyft.evidence import worth
@@ -68,16 +68,19 @@ class Planned:
         machine: that it is for.
         left_out: candidates that what was given rules out, and why.
         ways_out: where nothing fits, what else than a larger budget would help.
+        rows: fields that were given as rows, which `config` leaves out.
     """
 
     plan: Plan
     machine: Machine
     left_out: Mapping[str, str]
     ways_out: tuple[str, ...] = ()
+    rows: frozenset[str] = frozenset()
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Flat values for `TrainConfig.build`, also on top of those that were planned for.
+        """Flat values for `TrainConfig.build`, also on top of those that were planned for, with the
+        limits that were given.
 
         Raises:
             BudgetError: nothing fits; it says what comes nearest.
@@ -85,7 +88,8 @@ class Planned:
         if self.plan.chosen is None:
             raise BudgetError(self._nothing_fits())
         chosen = self.plan.chosen
-        return {**chosen.setting.config, "steps": chosen.steps, "epochs": None}
+        config = {**chosen.setting.config, "steps": chosen.steps, "epochs": None}
+        return {k: v for k, v in config.items() if k not in self.rows}
 
     def _nothing_fits(self) -> str:
         """What comes nearest, and what would be enough."""
@@ -171,15 +175,18 @@ def make_plan(
         InputError: bad input, or values that no method can do together.
     """
     given = {k: v for k, v in values.items() if v is not None and (k, v) != ("method", "auto")}
+    if budget is not None:  # as fields, so that a run of what is planned has its limits
+        given = {k: v for k, v in given.items() if k not in LIMITS} | budget.written
     first = _first_valid(given, spell)
-    budget = first.budget if budget is None else budget
+    budget = first.budget
     machine = Machine.of_target(profile(target)) if target else this_machine()
     if budget.memory_bytes is None:
         budget = replace(budget, memory_bytes=machine.memory_bytes)
     if budget.energy_j and machine.power_w is None:
+        why = "" if target else ": its counters (RAPL) are missing or may not be read"
         raise InputError(
             f"{spell('energy')} needs to know what the machine draws, and of {machine.name} that "
-            f"is not known: name a {spell('target')}, or limit the time instead."
+            f"is not known{why}. Limit the time instead ({spell('time')})."
         )
     job = _job(first, rows or {})
     roomy = target or budget.memory_bytes >= _ROOM_TO_FORK_BYTES
@@ -187,7 +194,7 @@ def make_plan(
     found = _planned(given, budget, machine, job, spell, each)
     if found.plan.chosen is None:
         found = replace(found, ways_out=_ways_out(found, given, job, rows or {}, spell, each))
-    return found
+    return replace(found, rows=frozenset(rows or {}))
 
 
 def _planned(
@@ -200,10 +207,12 @@ def _planned(
     *,
     leanest: bool = False,
 ) -> Planned:
-    """`leanest`: of every candidate ask for the setting alone that needs least."""
+    """`leanest`: of every candidate ask for the settings alone of which one needs least."""
     candidates, left_out = _candidates(given, job, machine, spell)
     if leanest:
-        candidates = [replace(one, groups=(one.groups[-1][-1:],)) for one in candidates]
+        candidates = [
+            replace(one, groups=tuple((setting,) for setting in one.leanest)) for one in candidates
+        ]
     _ = job.few_layers  # found out once, for all processes
 
     def price(setting: Setting) -> Cost:
@@ -351,8 +360,7 @@ def _candidates(
             except InputError as error:
                 left_out.setdefault(name, str(error))
                 continue
-            groups = tuple(_groups(config, base, given, job))
-            found.append(Candidate(_title(config), name, groups))
+            found.append(_candidate(config, base, given, job))
     for candidate in found:
         left_out.pop(candidate.method, None)
     if not found:
@@ -407,10 +415,10 @@ def _settings(method: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(free, values, strict=True)) for values in itertools.product(*free.values())]
 
 
-def _groups(
+def _candidate(
     config: TrainConfig, base: Mapping[str, Any], given: Mapping[str, Any], job: Job
-) -> list[tuple[Setting, ...]]:
-    """Settings by how much they are recomputed and how finely the batch is split."""
+) -> Candidate:
+    """With its settings, by how much they are recomputed and how finely the batch is split."""
     n = config.batch_size * config.grad_accumulation
     method = METHODS[config.method]
     parts = [k for k in range(1, n + 1) if n % k == 0]
@@ -426,12 +434,19 @@ def _groups(
     if not method.uses_gradients:  # fewer examples a step, the same in all
         sizes = [n] if "batch_size" in given else [n // k for k in parts]
         steps = {} if config.steps is None else {"steps": config.steps}
-        return [tuple(setting({"batch_size": size, **steps}, size) for size in sizes)]
+        group = tuple(setting({"batch_size": size, **steps}, size) for size in sizes)
+        return Candidate(_title(config), config.method, (group,))
     optimizers = [config.optimizer]
+    # Leaner in all models but those of a few million parameters.
     if "optimizer" not in given and config.trainable == "all":
         optimizers.append("adamw8bit")
     modes = [given["checkpointing"]] if "checkpointing" in given else ["selective", "full"]
-    return [
+    # A whole batch frees each gradient as it comes. Parts keep them: with those of all weights they
+    # may need more than it, so they are no steps of the same ladder.
+    ladders = [parts]
+    if config.trainable == "all" and config.grad_clip is None and 1 in parts and len(parts) > 1:
+        ladders = [parts[:1], parts[1:]]
+    groups = tuple(
         tuple(
             setting(
                 {
@@ -442,11 +457,13 @@ def _groups(
                 },
                 n,
             )
-            for k in parts
+            for k in ladder
         )
         for optimizer in optimizers
         for mode in modes
-    ]
+        for ladder in ladders
+    )
+    return Candidate(_title(config), config.method, groups, len(ladders))
 
 
 def _title(config: TrainConfig) -> str:

@@ -199,7 +199,7 @@ def _traced(config: TrainConfig, job: Job) -> Trace:
     if METHODS[config.method].layers_alike and job.few_layers:
         few = [_look(config, job, with_layers(whole, n)) for n in job.few_layers]
         first, second = job.few_layers
-        rounds = (whole.num_hidden_layers - first) / (second - first)
+        rounds = (whole.get_text_config().num_hidden_layers - first) / (second - first)
         if few[0].is_like(few[1]):
             return few[0].towards(few[1], rounds).as_trace()
     return _look(config, job, whole).as_trace()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyft import assets
-from tinyft.errors import InputError
+from tinyft.errors import InputError, TransientError
 
 MANIFEST = "tinyft.json"
 _KINDS = ("model", "adapter", "packed", "seed_log")
@@ -68,7 +68,8 @@ def locate(ref: str | Path, *, weights: bool = True) -> Source:
         weights: a folder without any will not do; else a model's are not downloaded.
 
     Raises:
-        InputError: nothing there; a folder without a model; only pickles; no hub reached.
+        InputError: nothing there; a folder without a model; only pickles.
+        TransientError: no hub reached.
     """
     ref = str(ref)
     if ref in assets.MODELS:
@@ -100,6 +101,7 @@ def is_hub_id(ref: str) -> bool:
 
 def _from_hub(ref: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     large = "*.safetensors" if weights else "adapter_model.safetensors"
     wanted = ["*.json", large, "*.model", "*.txt", "*.jinja"]
@@ -108,7 +110,8 @@ def _from_hub(ref: str, weights: bool) -> Path:
         return Path(snapshot_download(ref, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise InputError(
+        unknown = isinstance(error, (RepositoryNotFoundError, HFValidationError))
+        raise (InputError if unknown else TransientError)(
             f"{ref!r} is no file or folder here, and no hub gave it ({type(error).__name__}: "
             f"{reason}). Without a hub, give a folder of safetensors, a GGUF file, or a built-in "
             f"name: {', '.join(assets.MODELS)}."

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyft.errors import InputError
+from tinyft.errors import InputError, TransientError
 
 _HUB_ID = r"\w[\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?"  # name, owner/name, owner/name:split
 
@@ -32,6 +32,7 @@ def open_rows(source: str | Path) -> tuple[_Rows, str]:
 
     Raises:
         InputError: no such source, or one of which no row can be read.
+        TransientError: no hub reached.
         OSError: from the file system, now or while the rows are read.
     """
     path = Path(source).expanduser()
@@ -137,7 +138,7 @@ def _hub_rows(source: str) -> _Rows:
     try:
         return enumerate(load_dataset(name, split=split or "train"), start=1)
     except Exception as error:  # its errors come from requests, fsspec, pyarrow and its own
-        raise InputError(
+        raise (TransientError if isinstance(error, ConnectionError) else InputError)(
             f"{source} is no file here, and as a dataset of the hub it cannot be loaded: {error} "
             "Check the name (owner/name or owner/name:split) and the network, or give a file."
         ) from error

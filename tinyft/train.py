@@ -17,7 +17,7 @@ from typing import Any
 
 from tinyft.checkpoint import RunState, is_disk_full, restore_weights, trainable
 from tinyft.config import LIMITS, TrainConfig
-from tinyft.errors import BudgetError, InputError
+from tinyft.errors import BudgetError, InputError, TransientError
 from tinyft.guard import Guard, out_of_memory
 from tinyft.inputs import pick_device, read_source
 from tinyft.interrupt import Stopped, StopSignals
@@ -61,8 +61,8 @@ def run(
         rows: `{"data": rows, "eval_data": rows}` in place of the files.
 
     Raises:
-        InputError: bad input, a folder that holds another run, a loss that is not finite, a full
-            disk.
+        InputError: bad input, a folder that holds another run, a loss that is not finite.
+        TransientError: a full disk, a hub that does not answer.
         BudgetError: out of memory, or a budget that allows for no step.
         Stopped: SIGINT or SIGTERM; the state has been saved.
     """
@@ -227,7 +227,8 @@ class _Session:
         once, and before anything large is read."""
         from tinyft.models import kind_of
 
-        problems, found = [], []
+        problems: list[InputError] = []
+        found = []
         for name in ("data", "eval_data"):
             source = getattr(self.config, name)
             try:
@@ -235,14 +236,15 @@ class _Session:
                 found.append(examples)
                 self.info[f"{name}_sha256"] = digest
             except InputError as error:
-                problems.append(str(error))
+                problems.append(error)
         try:
             kind = loaded.kind if loaded else kind_of(self.config.model)
             self.check_overwrite(loaded.base_ref if loaded else self.config.model)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(error)
         if problems:
-            raise InputError("\n".join(problems))
+            transient = all(isinstance(error, TransientError) for error in problems)
+            raise (TransientError if transient else InputError)("\n".join(map(str, problems)))
         return *found, kind == "encoder"
 
     def check_overwrite(self, ref: str) -> None:
@@ -650,19 +652,18 @@ class _Session:
     def go_leaner(self, why: str, *, may_save: bool = True) -> None:
         """From the next step on. Written down, so that a resumed run does so, too."""
         examples = min(self.per_step, len(self.batches.items))
-        leaner = self.optimizer.settings(examples)[1:2]
-        if not leaner:
+        leaner = self.optimizer.leaner(examples)
+        if leaner is None:
             if self.keeps_state and may_save:
                 self.save(self.done)
             raise BudgetError(
                 f"--memory {self.config.memory} is too small: {why}, and there is no leaner way. "
                 f"{self.saved_so_far()} Go on with --resume and a larger --memory."
             )
-        self.set(leaner[0])
-        self.note(settings=[*self.memo.get("settings", []), {"step": self.done, **leaner[0]}])
+        self.set(leaner)
+        self.note(settings=[*self.memo.get("settings", []), {"step": self.done, **leaner}])
         self.reporter.info(
-            f"--memory {self.config.memory}: {why}; from here steps are taken "
-            f"{_in_words(leaner[0])}."
+            f"--memory {self.config.memory}: {why}; from here steps are taken {_in_words(leaner)}."
         )
 
     def saved_so_far(self) -> str:
@@ -755,7 +756,7 @@ def _explained(folder: OutputFolder | None, config: TrainConfig) -> Iterator[Non
         yield
     except Exception as error:
         if is_disk_full(error) and folder is not None:
-            raise InputError(
+            raise TransientError(
                 f"There is no room to write to {folder.directory} ({error}). "
                 f"{folder.saved_so_far()} Free some space there, then: "
                 f"tinyft train --output {folder.directory} --resume"

@@ -167,7 +167,7 @@ def _planner(choices: Sequence[Choice], style: Mapping[str, Style]) -> str:
         regret = "?" if c.regret is None else _difference(c.regret, c.metric)
         lines.append(
             _cells(
-                [c.task, c.budget, c.candidate, _marked(c.best, style)],
+                [*map(escape, (c.task, c.budget, c.candidate)), _marked(c.best, style)],
                 [value, number(c.best_value, c.metric), regret],
                 raw=True,
             )
@@ -188,7 +188,7 @@ def _planner(choices: Sequence[Choice], style: Mapping[str, Style]) -> str:
 def _peers(found: Sequence[Comparison], style: Mapping[str, Style]) -> str:
     lines = [
         _cells(
-            [c.task, c.budget, _marked(c.ours, style), _marked(c.peer, style)],
+            [escape(c.task), escape(c.budget), *(_marked(m, style) for m in (c.ours, c.peer))],
             [
                 f"{c.time:.2f}x",
                 f"{c.memory:.2f}x",
@@ -220,7 +220,7 @@ def _table(points: Sequence[Point], style: Mapping[str, Style]) -> str:
         edge = " (edge)" if p.lr_at_edge else ""
         lines.append(
             _cells(
-                [p.task, p.budget, _marked(p.method, style)],
+                [escape(p.task), escape(p.budget), _marked(p.method, style)],
                 [
                     f"{number(p.value, p.metric)}{spread}",
                     number(p.before, p.metric),

@@ -23,7 +23,7 @@ from tinyft.benchmark.grid import Limits, Method, Run, Search, rates, units
 from tinyft.benchmark.store import Store, read, write
 from tinyft.checkpoint import write_atomic
 from tinyft.config import TrainConfig, as_flag, as_flags
-from tinyft.errors import BudgetError, InputError, TinyFTError
+from tinyft.errors import BudgetError, InputError, TinyFTError, TransientError
 from tinyft.machine import import_libraries
 from tinyft.parallel import Killed, apart
 from tinyft.planning import Planned, make_plan
@@ -73,7 +73,8 @@ class Settings:
 
 
 class Broken(TinyFTError):
-    """A run's process died; nothing is known of the run, and it may be done again."""
+    """A run's process died, or the disk or the network failed it: nothing is known of the run, and
+    it may be done again."""
 
 
 class Bench:
@@ -230,8 +231,8 @@ class Bench:
         try:
             # Apart: a plan sees what tokenizer and rows take, unless earlier ones left it room.
             return apart(planned)
-        except Killed as error:
-            raise Broken(str(error)) from None
+        except (Killed, TransientError) as error:
+            raise Broken(str(error)) from error
         except (InputError, BudgetError) as error:
             return {"status": "left out", "reason": str(error)}
 

@@ -2,7 +2,7 @@
 
 ```
 bench.json                                   what must stay the same: model, batches, search
-data/TASK/{train,validation,test}.jsonl
+data/TASK/{train,validation,test}.jsonl      and source.json, what they were taken from
 runs/TASK/BUDGET/plan.json                   what the planner chooses by itself
 runs/TASK/BUDGET/METHOD/search.json          configuration and learning rate; or why there is none
 runs/TASK/BUDGET/METHOD/{lr-R,seed-N}/       one run: run/, log.txt, and row.json when it is over

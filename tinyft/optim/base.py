@@ -175,8 +175,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Ways to take the same step (up to rounding) on `size` examples, from the present one to
-        leaner and slower ones: each is attributes to set."""
+        slower ones, which most often are leaner: each is attributes to set."""
         return [{}]
+
+    def leaner(self, size: int) -> dict[str, Any] | None:
+        """Of those the next that needs less than the present one; None if there is none."""
+        return next(iter(self.settings(size)[1:]), None)
 
     def probe(self, closure: Callable[..., Tensor], batch: ExpandableBatch) -> int:
         """Do what takes most memory in a step, and leave everything as it was, random numbers too.

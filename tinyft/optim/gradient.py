@@ -237,6 +237,16 @@ class GradientOptimizer(Optimizer):
             for count in counts
         ]
 
+    def leaner(self, size: int) -> dict[str, Any] | None:
+        """Blocks recomputed before smaller parts, where the whole batch frees its gradients as they
+        come and those, which parts keep, are of most of the model."""
+        found = self.settings(size)[1:]
+        trained = sum(p.numel() for _, p in self._named() if p.requires_grad)
+        large = 2 * trained > sum(p.numel() for p in self.model.parameters())
+        if large and self.grad_clip is None and self.grad_accumulation == 1:
+            found.sort(key=lambda setting: setting["grad_accumulation"] > 1)
+        return next(iter(found), None)
+
     def probe(self, closure: Callable[..., Tensor], batch: Any) -> int:
         """Forward and backward of the first part, which is the longest. Where gradients are kept
         for a second part, of that too, for it meets them."""
