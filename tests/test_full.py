@@ -173,6 +173,27 @@ def test_16_bit_weights_move_as_float32_ones_do(rule, dtype):
     assert len(got.unique()) > 2 and abs(float(got.mean())) < 0.05 * float((want * along).mean())
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit"])
+def test_small_gradients_move_float16_weights_no_farther(rule, size):
+    """Their squares are below float16's range. As far as torch's float32 AdamW on average, while
+    gradients last and after them."""
+    signs = torch.where(torch.arange(4000) % 3 == 0, -1.0, 1.0)  # small enough for whole moments
+    start = torch.linspace(0.02, 0.06, 4000)
+    exact, half = nn.Parameter(start.clone()), nn.Parameter(start.half())
+    theirs = torch.optim.AdamW([exact], lr=2e-5, weight_decay=0.0)
+    model = nn.ParameterList([half])
+    ours = tinyft.Full(model, lr=2e-5, optimizer=rule)
+    slopes = (size * signs).half()
+    for step in range(40):
+        along = slopes * (step < 30)
+        exact.grad = along.float()
+        theirs.step()
+        ours.step(lambda along=along: (half * along).sum())
+    want, got = ((w.detach().float() - s) for w, s in ((exact, start), (half, start.half().float())))
+    assert float((got * signs).mean() / (want * signs).mean()) == pytest.approx(1, abs=0.05)
+
+
 def test_eight_bit_adamw_is_bitsandbytes():
     import bitsandbytes
 
