@@ -37,25 +37,28 @@ _Use = Callable[[int, Tensor, dict[str, Any]], None]
 def first_order(
     optimizer: GradientOptimizer, losses: Sequence[tuple[float, Callable[[], Tensor]]]
 ) -> NDArray[np.float64]:
-    """(N,) importances of the optimizer's parameters.
+    """(N,) importances of the optimizer's parameters; at a learning rate of 0, where a schedule may
+    begin, as at 1.
 
     Args:
         losses: (share, loss) of each part of a batch; the shares sum to 1. Gradients of several
             parts are never added up, which would keep them: importances are averaged.
     """
     gains = np.zeros(len(_places(optimizer)))
+    stands = not any(group["lr"] for group in optimizer.param_groups)
     with undisturbed(optimizer.model, evaluating=True):
         for share, loss in alike(losses):
 
             def rate(k: int, parameter: Tensor, group: Any, share: float = share) -> None:
-                gains[k] += share * _regained(parameter, group, optimizer.rule_name == "sgd")
+                lr = 1.0 if stands else group["lr"]
+                gains[k] += share * lr * _regained(parameter, group, optimizer.rule_name == "sgd")
 
             sweep(optimizer, loss, rate)
     return gains
 
 
 def _regained(parameter: Tensor, group: dict[str, Any], is_sgd: bool) -> float:
-    """`-sum(g dw)`, piece by piece."""
+    """`-sum(g dw)` at a learning rate of 1, piece by piece."""
     total = 0.0
     pieces = (t.detach().flatten().split(_PIECE) for t in (parameter.grad, parameter))
     for grad, weight in alike(zip(*pieces, strict=True), max(1, parameter.numel() / _PIECE)):
@@ -64,7 +67,7 @@ def _regained(parameter: Tensor, group: dict[str, Any], is_sgd: bool) -> float:
         if group["weight_decay"]:
             along = along + group["weight_decay"] * weight
         total += float((grad * along).sum(dtype=torch.float64))
-    return group["lr"] * total
+    return total
 
 
 def published(optimizer: GradientOptimizer, loss: Callable[[], Tensor]) -> NDArray[np.float64]:
