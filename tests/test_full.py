@@ -43,6 +43,10 @@ def test_ways_to_call_a_step_agree():
     def pair(model, optimizer):
         return optimizer.step(lambda batch: per_example(model, batch[0]), (IDS, IDS))
 
+    def noted(model, optimizer):
+        batch = {"ids": IDS, "note": None}
+        return optimizer.step(lambda batch: per_example(model, batch["ids"]), batch)
+
     def torchs_closure(model, optimizer):
         def closure():
             optimizer.zero_grad()
@@ -63,7 +67,7 @@ def test_ways_to_call_a_step_agree():
     want = loss_of(reference)
     want.backward()
     torchs.step()
-    for way in (closure_alone, tensor, mapping, pair, torchs_closure, gradients):
+    for way in (closure_alone, tensor, mapping, pair, noted, torchs_closure, gradients):
         for parts in (1, 3):
             model = build("llama")
             optimizer = tinyft.Full(model, lr=1e-3, weight_decay=0.1, grad_accumulation=parts)

@@ -15,7 +15,7 @@ first order. Two ways:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tinyft import modules
 from tinyft.dry_run import alike
 from tinyft.kernels.chunked_cross_entropy import using_rows
 
@@ -104,22 +105,18 @@ def published(optimizer: GradientOptimizer, loss: Callable[[], Tensor]) -> NDArr
 
 @contextmanager
 def undisturbed(model: nn.Module, *, evaluating: bool = False) -> Iterator[None]:
-    """Afterwards random numbers, buffers and modes are as they were.
+    """Afterwards random numbers and buffers are as they were.
 
     Args:
         evaluating: in evaluation mode meanwhile, hence without dropout.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    if evaluating:
-        model.eval()
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        mode = modules.evaluating(model) if evaluating else nullcontext()
+        with torch.random.fork_rng(devices=list(devices)), mode:
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
