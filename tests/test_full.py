@@ -194,7 +194,9 @@ def test_small_gradients_move_float16_weights_no_farther(rule, size):
         exact.grad = along.float()
         theirs.step()
         ours.step(lambda along=along: (half * along).sum())
-    want, got = ((w.detach().float() - s) for w, s in ((exact, start), (half, start.half().float())))
+    want, got = (
+        (w.detach().float() - s) for w, s in ((exact, start), (half, start.half().float()))
+    )
     assert float((got * signs).mean() / (want * signs).mean()) == pytest.approx(1, abs=0.05)
 
 

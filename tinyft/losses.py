@@ -1,8 +1,8 @@
 """What is minimised: one loss per example from a model and a batch, with no whole logits.
 
 `objective("lm")` and its siblings return `f(model, batch) -> (B * copies,)` float32 losses, copy by
-copy; the mean over a batch is the batch's loss. F1 alone is one number a batch. The backbone runs once; only positions that carry
-a label go through the head, a piece at a time:
+copy; the mean over a batch is the batch's loss. F1 alone is one number a batch. The backbone runs
+once; only positions that carry a label go through the head, a piece at a time:
 
 * with gradients and a plain head, in `kernels/chunked_cross_entropy.py`;
 * otherwise through the head as a module, so that whoever changed it (zeroth-order perturbations,
