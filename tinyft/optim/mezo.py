@@ -359,7 +359,7 @@ class MeZO(Optimizer):
     def attach(cls, model: nn.Module, config: Any) -> MeZO:
         """From a resolved `TrainConfig`; `trainable` is all, lora or prefix."""
         if config.trainable == "lora":
-            adapters.inject(
+            adapters.ensure(
                 model,
                 config.rank,
                 config.alpha,
@@ -367,7 +367,8 @@ class MeZO(Optimizer):
                 seed=config.seed,
             )
         elif config.trainable == "prefix":
-            prefix.inject(model, seed=config.seed)
+            if not prefix.is_attached(model):
+                prefix.inject(model, seed=config.seed)
         elif config.base_bits < 16:
             raise InputError(
                 f"--base-bits {config.base_bits} keeps the base frozen: use --trainable lora, or "
@@ -384,7 +385,7 @@ class MeZO(Optimizer):
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         """All parameters: the seed log, already in place, is the artefact. Else an adapter."""
         tokenizer.save_pretrained(directory)
-        if prefix.is_attached(model):
+        if prefix.is_attached(model) and model.prefix.weight.requires_grad:
             prefix.save(model, directory, base)
         elif adapters.adapters(model):
             adapters.save_adapter(model, directory, base)
