@@ -224,6 +224,11 @@ def _prepared(config: TrainConfig) -> Job:
         seed=config.seed,
     )
     base = _bits(loaded.model)
+    if adapters.adapters(loaded.model):
+        raise InputError(
+            f"{config.model} has adapters on a packed base, and an export makes its own: leave "
+            f"--base-bits at 16, or begin from the model that they were made for."
+        )
     if not hasattr(loaded.tokenizer, "backend_tokenizer"):
         raise InputError(f"{config.model} has no tokenizer.json, which a device needs.")
     config = config.with_lr(loaded.model.config)

@@ -43,6 +43,10 @@ def test_ways_to_call_a_step_agree():
     def pair(model, optimizer):
         return optimizer.step(lambda batch: per_example(model, batch[0]), (IDS, IDS))
 
+    def noted(model, optimizer):
+        batch = {"ids": IDS, "note": None}
+        return optimizer.step(lambda batch: per_example(model, batch["ids"]), batch)
+
     def torchs_closure(model, optimizer):
         def closure():
             optimizer.zero_grad()
@@ -63,7 +67,7 @@ def test_ways_to_call_a_step_agree():
     want = loss_of(reference)
     want.backward()
     torchs.step()
-    for way in (closure_alone, tensor, mapping, pair, torchs_closure, gradients):
+    for way in (closure_alone, tensor, mapping, pair, noted, torchs_closure, gradients):
         for parts in (1, 3):
             model = build("llama")
             optimizer = tinyft.Full(model, lr=1e-3, weight_decay=0.1, grad_accumulation=parts)
@@ -171,6 +175,29 @@ def test_16_bit_weights_move_as_float32_ones_do(rule, dtype):
     assert (lost * along).mean() < 0.5 * (want * along).mean()
     assert float((got * along).mean() / (want * along).mean()) == pytest.approx(1, abs=0.02)
     assert len(got.unique()) > 2 and abs(float(got.mean())) < 0.05 * float((want * along).mean())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit"])
+def test_small_gradients_move_float16_weights_no_farther(rule, size):
+    """Their squares are below float16's range. As far as torch's float32 AdamW on average, while
+    gradients last and after them."""
+    signs = torch.where(torch.arange(4000) % 3 == 0, -1.0, 1.0)  # small enough for whole moments
+    start = torch.linspace(0.02, 0.06, 4000)
+    exact, half = nn.Parameter(start.clone()), nn.Parameter(start.half())
+    theirs = torch.optim.AdamW([exact], lr=2e-5, weight_decay=0.0)
+    model = nn.ParameterList([half])
+    ours = tinyft.Full(model, lr=2e-5, optimizer=rule)
+    slopes = (size * signs).half()
+    for step in range(40):
+        along = slopes * (step < 30)
+        exact.grad = along.float()
+        theirs.step()
+        ours.step(lambda along=along: (half * along).sum())
+    want, got = (
+        (w.detach().float() - s) for w, s in ((exact, start), (half, start.half().float()))
+    )
+    assert float((got * signs).mean() / (want * signs).mean()) == pytest.approx(1, abs=0.05)
 
 
 def test_eight_bit_adamw_is_bitsandbytes():

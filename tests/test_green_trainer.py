@@ -320,6 +320,18 @@ def test_importance_is_the_loss_regained_by_a_tensors_update(way, rule):
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
 
 
+def test_a_schedule_that_begins_at_nothing_keeps_the_first_importances():
+    """They are those at any rate, since only their ratios count."""
+    found = []
+    for lr in (0.0, 1e-3):
+        model = tiny_model("llama").train()
+        optimizer = tinyft.GreenTrainer(model, lr=lr, rho=0.6, weight_decay=0.1)
+        optimizer.step(partial(mean_loss, model, batch_of(0)))
+        found.append(optimizer.history[0])
+    np.testing.assert_allclose(found[0].importance, found[1].importance)
+    assert (found[0].mask == found[1].mask).all() and not np.allclose(found[0].importance, 1)
+
+
 def test_first_order_importance_in_parts_is_their_average():
     model = tiny_model("llama")
     optimizer = tinyft.Full(model, lr=1e-3)

@@ -165,7 +165,17 @@ def test_classes_accuracy_and_f1():
     torch.testing.assert_close(objective("class")(model, batch).mean(), want.loss)
     wrong = want.logits.argmax(1) != batch.answers
     torch.testing.assert_close(objective("accuracy")(model, batch), wrong.float())
-    assert objective("f1")(model, batch).shape == (6,)
+    got = objective("f1")(model, batch)
+    want = f1_by_hand(want.logits.argmax(1).tolist(), batch.answers.tolist())
+    assert got.shape == () and float(got) == pytest.approx(1 - want)
+
+
+def f1_by_hand(guesses, answers):
+    scores = []
+    for c in {*guesses, *answers}:
+        right = sum(g == a == c for g, a in zip(guesses, answers, strict=True))
+        scores.append(2 * right / (guesses.count(c) + answers.count(c)))
+    return sum(scores) / len(scores)
 
 
 def test_macro_f1_by_hand():

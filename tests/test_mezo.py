@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_losses import f1_by_hand
 from test_zeroth import tiny_model
+from tiny_models import CONFIGS
 from torch import nn
 
 import tinyft
+from tinyft.batches import Batch
 from tinyft.errors import InputError
+from tinyft.losses import objective
 from tinyft.zeroth.directions import FAMILIES
 from tinyft.zeroth.seed_log import SeedLog, fingerprint
 
@@ -226,6 +231,107 @@ def test_objectives_without_a_gradient_train():
     for _ in range(150):
         optimizer.step(error, batch)
     assert error(batch).item() < min(0.1, before)
+
+
+@pytest.mark.parametrize("probes", [1, 4])
+def test_f1_is_that_of_the_whole_batch_at_every_point(probes):
+    """Parts of it have other F1s."""
+    model = tiny_model("bert", num_labels=3)
+    ids = batch_of(3, rows=9)["input_ids"]
+    batch = Batch(ids, torch.ones_like(ids), answers=torch.arange(9) % 3)
+    optimizer = tinyft.MeZO(model, lr=0.0, eps=0.5, probes=probes, directions="gaussian")
+    with torch.no_grad():
+        losses = optimizer._losses(lambda b: objective("f1")(model, b), batch, optimizer._groups())
+    for loss, (draw, scale) in zip(losses.tolist(), optimizer._groups(), strict=True):
+        theirs = tiny_model("bert", num_labels=3)
+        with torch.no_grad():
+            for t, p in enumerate(theirs.parameters()):
+                p += scale * draw.dense(t).view(p.shape)
+            guesses = theirs(input_ids=ids).logits.argmax(1).tolist()
+        assert loss == pytest.approx(1 - f1_by_hand(guesses, batch.answers.tolist()))
+    assert len(optimizer.settings(9)) == 1  # smaller parts would have other F1s
+
+
+class Placed(nn.Module):
+    """Positions and a bias that are made once for all rows, as DeBERTa's and MPNet's are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places = nn.Embedding(300, 8), nn.Embedding(6, 8)
+        self.norm, self.mix, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 300)
+
+    def forward(self, input_ids):
+        place = self.mix(self.norm(self.places(torch.arange(input_ids.shape[1]))))
+        return SimpleNamespace(logits=self.head(self.words(input_ids) + place))
+
+
+def test_a_layer_whose_input_all_copies_share_is_perturbed_all_the_same(caplog):
+    """Both signs in one batch would split the positions: the first three up, the others down."""
+    results = []
+    for batched in (True, False):
+        model = Placed().double()
+        optimizer = tinyft.MeZO(model, lr=1e-2, seed=1, probes=2)
+        batch, losses = batch_of(0), per_example(model)
+        if batched:
+            optimizer.step(losses, batch)
+        else:
+            optimizer.step(lambda b=batch, f=losses: f(b).mean())
+        results.append(weights(model))
+    for ours, expected in zip(*(r.values() for r in results), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+    (record,) = caplog.records
+    assert "places, norm, mix, of one input" in record.getMessage()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_copies_of_a_batch_have_inputs_of_their_own(architecture):
+    model = tiny_model(architecture)
+    optimizer = tinyft.MeZO(model, lr=0.0)
+    optimizer.prepare(lambda b: model(**b).logits.float().flatten(1).mean(1), [batch_of(0)])
+    assert optimizer._looked and not optimizer._apart and not optimizer._scalar_objective
+
+
+def test_no_cache_of_keys_and_values_is_made():
+    model = tiny_model("llama")
+    caches = []
+
+    def loss():
+        out = model(**batch_of(0))
+        caches.append(out.past_key_values)
+        return out.logits.mean()
+
+    for options in ({}, {"exact": True}):
+        tinyft.MeZO(model, lr=0.0, **options).step(loss)
+    assert caches == [None] * 4 and model.config.use_cache
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_an_error_in_the_published_procedure_leaves_the_weights_unperturbed(calls):
+    model = nn.Linear(3, 2).double()
+    before = weights(model)
+    scores = iter([torch.zeros(())] * (calls - 1))
+    with pytest.raises(StopIteration):
+        tinyft.MeZO(model, exact=True, eps=0.1).step(lambda: next(scores))
+    for name, was in before.items():
+        torch.testing.assert_close(weights(model)[name], was, rtol=0, atol=1e-12)
+
+
+def test_a_batch_is_a_tensor_or_holds_other_things_too():
+    ids, results = batch_of(0)["input_ids"], []
+    for batch, ids_of in (
+        ({"input_ids": ids}, lambda b: b["input_ids"]),
+        ({"input_ids": ids, "note": None}, lambda b: b["input_ids"]),
+        ((ids, "note"), lambda b: b[0]),
+        (ids, lambda b: b),
+    ):
+        model = tiny_model("llama")
+        losses = per_example(model)
+        tinyft.MeZO(model, lr=1e-2).step(
+            lambda b, f=losses, ids_of=ids_of: f({"input_ids": ids_of(b)}), batch
+        )
+        results.append(weights(model))
+    assert all(equal(results[0], other) for other in results[1:])
 
 
 def test_state_dict_restores_momentum_and_step():

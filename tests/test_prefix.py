@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import tinyft
 from tinyft import prefix
 from tinyft.errors import InputError
 from tinyft.optim.base import METHODS
+from tinyft.optim.mezo import MeZOOptions
 
 # PEFT and transformers of different ages; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
@@ -79,6 +81,35 @@ def test_mezo_moves_the_prefix_and_nothing_else():
     assert METHODS["mezo"].default_lr["prefix"]
 
 
+def test_training_goes_on_from_a_saved_prefix(tmp_path):
+    mask = torch.ones_like(IDS)
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=IDS, attention_mask=mask).logits
+
+    first = tiny_model("llama")
+    prefix.inject(first, tokens=3)
+    first.prefix.weight.data += 0.1 * torch.randn_like(first.prefix.weight)
+    (tmp_path / "first").mkdir()
+    prefix.save(first, tmp_path / "first", "base")
+    second = tiny_model("llama")
+    prefix.load(second, tmp_path / "first")
+    config = SimpleNamespace(
+        trainable="prefix", lr=1.0, weight_decay=0.0, seed=0, options=MeZOOptions(eps=0.1)
+    )
+    optimizer = tinyft.MeZO.attach(second, config)
+    assert optimizer.names == ["prefix.weight"] and torch.equal(logits(second), logits(first))
+    optimizer.step(lambda: second(input_ids=IDS, labels=IDS, attention_mask=mask).loss)
+    assert not torch.allclose(logits(second), logits(first), atol=1e-3)
+    (tmp_path / "second").mkdir()
+    prefix.save(second, tmp_path / "second", str(tmp_path / "first"))
+    bare = tiny_model("llama")
+    for base in (bare, first):  # the latter as what is loaded comes upon its base
+        prefix.load(base, tmp_path / "second")
+        assert torch.equal(logits(base), logits(second))
+
+
 def test_misfits_are_refused(tmp_path):
     model = tiny_model("llama")
     prefix.inject(model)
@@ -89,3 +120,5 @@ def test_misfits_are_refused(tmp_path):
         prefix.load(tiny_model("llama"), tmp_path)
     with pytest.raises(InputError, match="key-value cache"):
         prefix.inject(tiny_model("bert"))
+    with pytest.raises(InputError, match="prefix already"):
+        prefix.inject(model)

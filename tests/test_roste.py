@@ -146,6 +146,48 @@ def test_a_frozen_base_stays_and_what_is_beside_it_moves(family):
         assert not torch.equal(old, moved[name]), name
 
 
+def test_another_process_goes_on_from_both_state_dicts():
+    lm, models = objective("lm"), (tiny_model("llama"), tiny_model("llama"))
+    first, second = (tinyft.RoSTE(model, lr=1e-3) for model in models)
+    our_loop(first, models[0], [batch_of(0), batch_of(1)])
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for optimizer, model in zip((first, second), models, strict=True):
+        optimizer.step(lambda b, model=model: lm(model, b), batch_of(2))
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(logits(models[0]), logits(models[1]))
+
+
+def test_a_packed_base_s_state_is_refused_by_one_that_is_not():
+    first, second = (tinyft.RoSTE(tiny_model("llama"), trainable="lora") for _ in range(2))
+    second.load_state_dict(first.state_dict())  # before the first step nothing is packed
+    first.step(lambda: first.rotated.model(input_ids=batch_of(0).input_ids).logits.mean())
+    with pytest.raises(InputError, match="is not packed"):
+        second.load_state_dict(first.state_dict())
+    first.load_state_dict(first.state_dict())
+
+
+def test_zeroth_order_needs_no_loop():
+    model = tiny_model("llama")
+    optimizer = tinyft.RoSTEMeZO(model, lr=1e-2)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    our_loop(optimizer, model, [batch_of(0)])
+    assert all(layer.is_packed for layer in model.modules() if isinstance(layer, QuantLinear))
+    moved = {
+        name for name, p in model.named_parameters() if not torch.equal(p, before.get(name, p))
+    }
+    assert moved == set(before)
+
+
+def test_modes_are_as_before_when_the_calibration_fails():
+    model = tiny_model("llama").train()
+    optimizer = tinyft.RoSTE(model)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.prepare(lambda: 1 / 0, [])
+    assert all(module.training for module in model.modules())
+
+
 # The artefact.
 
 
@@ -268,9 +310,11 @@ def test_a_run_is_scored_as_what_is_loaded(configured, tmp_path, method, fields)
         load(out, dtype="bfloat16")
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
 @pytest.mark.parametrize("method", ["lora", "mezo"])
-def test_other_methods_train_on_the_artefact(configured, tmp_path, method):
-    run(configured(steps=1))
+def test_other_methods_train_on_the_artefact(configured, tmp_path, method, trainable):
+    """On one with adapters of its own they train those on."""
+    run(configured(steps=1, trainable=trainable))
     packed = str(tmp_path / "out")
     config = configured(
         method, model=packed, trainable="lora", output=str(tmp_path / "more"), lr=1e-2
@@ -280,6 +324,7 @@ def test_other_methods_train_on_the_artefact(configured, tmp_path, method):
     assert again.base_bits == 4
     found = score(again, str(tmp_path / "dev.jsonl"), batch_size=4)
     assert found["loss"] == pytest.approx(report["eval"]["after"]["loss"], rel=1e-4)
+    assert found["loss"] != pytest.approx(report["eval"]["before"]["loss"], rel=1e-4)
     with pytest.raises(InputError, match="frozen"):
         run(configured("full", model=packed, output=str(tmp_path / "no")))
     for folder in ("out", "more"):

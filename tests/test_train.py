@@ -597,3 +597,14 @@ def test_data_may_be_a_path_object(tiny_model_dir, tmp_path):
     write(tmp_path / "train.jsonl", rows(8))
     data = Path(tmp_path / "train.jsonl")
     assert tinyft.fit(tiny_model_dir("llama"), data, method="mezo", steps=1, quiet=True).report
+
+
+def test_a_prefix_is_trained_on_and_nothing_beside_it(configured, tmp_path):
+    loop.run(configured("mezo", trainable="prefix", steps=1, eval_data=None))
+    again = {"model": str(tmp_path / "out"), "output": str(tmp_path / "again"), "eval_data": None}
+    for method, trainable in (("full", "all"), ("mezo", "all"), ("roste", "lora")):
+        with pytest.raises(InputError, match=r"has a prefix.*--trainable prefix"):
+            loop.run(configured(method, trainable=trainable, steps=1, **again))
+    report = loop.run(configured("mezo", trainable="prefix", steps=1, **again))
+    weight = load(tmp_path / "again").model.prefix.weight
+    assert torch.equal(weight, report.model.prefix.weight)

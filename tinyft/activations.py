@@ -60,20 +60,29 @@ def keeping(
         coming_bytes = 0 if i else largest_bytes
         last = shelf if block is blocks[-1] else None
         runs.append((block, partial(_run_block, forward, watch, recipes, coming_bytes, last)))
-    # A cache of keys and values is for generating; a block that runs again would fill it again.
+    shelved = recipes or (Shelved(shelf) if shelf else nullcontext())
+    try:
+        # A block that runs again would fill a cache again.
+        with without_cache(model), replaced_forwards(runs), shelved:
+            yield
+    finally:
+        if shelf:
+            shelf.close()
+        watch.check()  # the peak comes next, when the backward pass begins
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model makes no cache of keys and values, which is for generating."""
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", False)
     if cached:
         config.use_cache = False
     try:
-        with replaced_forwards(runs), recipes or (Shelved(shelf) if shelf else nullcontext()):
-            yield
+        yield
     finally:
-        if shelf:
-            shelf.close()
         if cached:
             config.use_cache = True
-        watch.check()  # the peak comes next, when the backward pass begins
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:

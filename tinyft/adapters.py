@@ -136,6 +136,26 @@ def inject(
     return names
 
 
+def ensure(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> None:
+    """Adapters to train: those that are there, or new ones as `inject` puts them.
+
+    Those of a packed model come frozen, as all of it does: they are trained on.
+    """
+    if not adapters(model):
+        inject(model, rank, alpha, dropout, targets, seed)
+    elif not any(p.requires_grad for p in model.parameters()):
+        for layer in adapters(model).values():
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+
+
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}

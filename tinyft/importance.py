@@ -15,7 +15,7 @@ first order. Two ways:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tinyft import modules
 from tinyft.dry_run import alike
 from tinyft.kernels.chunked_cross_entropy import using_rows
 
@@ -37,25 +38,28 @@ _Use = Callable[[int, Tensor, dict[str, Any]], None]
 def first_order(
     optimizer: GradientOptimizer, losses: Sequence[tuple[float, Callable[[], Tensor]]]
 ) -> NDArray[np.float64]:
-    """(N,) importances of the optimizer's parameters.
+    """(N,) importances of the optimizer's parameters; at a learning rate of 0, where a schedule may
+    begin, as at 1.
 
     Args:
         losses: (share, loss) of each part of a batch; the shares sum to 1. Gradients of several
             parts are never added up, which would keep them: importances are averaged.
     """
     gains = np.zeros(len(_places(optimizer)))
+    stands = not any(group["lr"] for group in optimizer.param_groups)
     with undisturbed(optimizer.model, evaluating=True):
         for share, loss in alike(losses):
 
             def rate(k: int, parameter: Tensor, group: Any, share: float = share) -> None:
-                gains[k] += share * _regained(parameter, group, optimizer.rule_name == "sgd")
+                lr = 1.0 if stands else group["lr"]
+                gains[k] += share * lr * _regained(parameter, group, optimizer.rule_name == "sgd")
 
             sweep(optimizer, loss, rate)
     return gains
 
 
 def _regained(parameter: Tensor, group: dict[str, Any], is_sgd: bool) -> float:
-    """`-sum(g dw)`, piece by piece."""
+    """`-sum(g dw)` at a learning rate of 1, piece by piece."""
     total = 0.0
     pieces = (t.detach().flatten().split(_PIECE) for t in (parameter.grad, parameter))
     for grad, weight in alike(zip(*pieces, strict=True), max(1, parameter.numel() / _PIECE)):
@@ -64,7 +68,7 @@ def _regained(parameter: Tensor, group: dict[str, Any], is_sgd: bool) -> float:
         if group["weight_decay"]:
             along = along + group["weight_decay"] * weight
         total += float((grad * along).sum(dtype=torch.float64))
-    return group["lr"] * total
+    return total
 
 
 def published(optimizer: GradientOptimizer, loss: Callable[[], Tensor]) -> NDArray[np.float64]:
@@ -101,22 +105,18 @@ def published(optimizer: GradientOptimizer, loss: Callable[[], Tensor]) -> NDArr
 
 @contextmanager
 def undisturbed(model: nn.Module, *, evaluating: bool = False) -> Iterator[None]:
-    """Afterwards random numbers, buffers and modes are as they were.
+    """Afterwards random numbers and buffers are as they were.
 
     Args:
         evaluating: in evaluation mode meanwhile, hence without dropout.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    if evaluating:
-        model.eval()
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        mode = modules.evaluating(model) if evaluating else nullcontext()
+        with torch.random.fork_rng(devices=list(devices)), mode:
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -1,8 +1,8 @@
 """What is minimised: one loss per example from a model and a batch, with no whole logits.
 
 `objective("lm")` and its siblings return `f(model, batch) -> (B * copies,)` float32 losses, copy by
-copy; the mean over a batch is the batch's loss. The backbone runs once; only positions that carry
-a label go through the head, a piece at a time:
+copy; the mean over a batch is the batch's loss. F1 alone is one number a batch. The backbone runs
+once; only positions that carry a label go through the head, a piece at a time:
 
 * with gradients and a plain head, in `kernels/chunked_cross_entropy.py`;
 * otherwise through the head as a module, so that whoever changed it (zeroth-order perturbations,
@@ -33,7 +33,7 @@ from tinyft.kernels.chunked_cross_entropy import (
     chunked_cross_entropy,
     postpone,
 )
-from tinyft.modules import is_plain_linear, replaced_forwards
+from tinyft.modules import evaluating, is_plain_linear, replaced_forwards
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ def objective(name: str) -> Objective:
             that the mean over examples is the mean over tokens. `"choice"`: cross-entropy among an
             example's choices, each scored by its log-likelihood. `"class"`: cross-entropy of a
             classifier. `"accuracy"`: 1 where the best choice or class is wrong, else 0. `"f1"`:
-            1 - macro F1 of the copy, the same for each of its examples. The last two have no
-            gradient.
+            1 - macro F1 of the whole batch, a scalar. The last two have no gradient.
 
     Example:
         >>> objective("perplexity")
@@ -98,14 +97,9 @@ def error_rates(model: nn.Module, batch: Any) -> Tensor:
 
 
 def f1_losses(model: nn.Module, batch: Any) -> Tensor:
-    """(B * copies,): 1 - macro F1 over the examples of each copy."""
+    """(): 1 - macro F1 over all examples, for examples have none of their own."""
     scores = _answer_scores(model, batch)
-    guesses = scores.argmax(1).view(batch.copies, -1)
-    answers = batch.answers.view(batch.copies, -1)
-    score = torch.stack(
-        [macro_f1(g, a, scores.shape[1]) for g, a in zip(guesses, answers, strict=True)]
-    )
-    return (1 - score).repeat_interleave(guesses.shape[1])
+    return 1 - macro_f1(scores.argmax(1), batch.answers, scores.shape[1])
 
 
 def macro_f1(guesses: Tensor, answers: Tensor, n_classes: int) -> Tensor:
@@ -211,31 +205,25 @@ def check_head(model: nn.Module, copies: int = 1) -> HeadPlan:
     device = next(model.parameters()).device
     n_words = int(getattr(_text_config(model), "vocab_size", None) or 8)
     ids = (torch.arange(1, 7, device=device) % n_words).repeat(copies, 1)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            want = model(input_ids=ids[:, :4], attention_mask=torch.ones_like(ids[:, :4])).logits
-            for unmasked in (True, False):
-                plan = replace(expected, unmasked=unmasked)
-                mask = (torch.arange(6, device=device) < 4).long().expand_as(ids)
-                hidden = _backbone(model, ids, mask, plan)
-                if hidden is None:
-                    continue
-                got = _logits(_head(model), hidden[:, :4], plan)
-                if got.shape == want.shape and close(got, want):
-                    break
-            else:
-                plan = HeadPlan(whole=True)
-                if _head(model) is not None:  # a classifier's few logits are no matter
-                    log.warning(
-                        "%s: logits cannot be rebuilt from backbone and head; they are made "
-                        "whole, which takes more memory.",
-                        type(model).__name__,
-                    )
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        want = model(input_ids=ids[:, :4], attention_mask=torch.ones_like(ids[:, :4])).logits
+        for unmasked in (True, False):
+            plan = replace(expected, unmasked=unmasked)
+            mask = (torch.arange(6, device=device) < 4).long().expand_as(ids)
+            hidden = _backbone(model, ids, mask, plan)
+            if hidden is None:
+                continue
+            got = _logits(_head(model), hidden[:, :4], plan)
+            if got.shape == want.shape and close(got, want):
+                break
+        else:
+            plan = HeadPlan(whole=True)
+            if _head(model) is not None:  # a classifier's few logits are no matter
+                log.warning(
+                    "%s: logits cannot be rebuilt from backbone and head; they are made "
+                    "whole, which takes more memory.",
+                    type(model).__name__,
+                )
     _PLANS[model] = plan
     return plan
 

@@ -335,6 +335,7 @@ def _load_trained(
     if source.form == "adapter" and prefix.is_saved(source.path):
         prefix.load(model, source.path)
     elif source.form == "adapter":
+        adapters.remove(model)  # a packed base's own, which were trained on
         adapters.load_adapter(model, source.path)
     else:
         from tinyft.optim.mezo import replay

@@ -27,6 +27,18 @@ def replaced_forwards(
                 module.forward = forward
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode; afterwards each module in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module(x)` is `x @ weight.T + bias`, unpatched and without hooks."""
     return (

@@ -47,8 +47,10 @@ def inject(model: nn.Module, tokens: int = TOKENS, seed: int = 0) -> None:
     order does not get away.
 
     Raises:
-        InputError: the model fills no key-value cache.
+        InputError: the model fills no key-value cache, or has a prefix already.
     """
+    if is_attached(model):
+        raise InputError("This model has a prefix already. Train that one on.")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     device = next(model.parameters()).device
@@ -73,6 +75,8 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def _attach(model: nn.Module, prefix: Prefix) -> None:
+    if is_attached(model):  # as the base of one that was trained on
+        model.prefix.hook.remove()
     model.requires_grad_(False)
     model.prefix = prefix
     # The module that holds the blocks is the one that every caller goes through (OPT's causal model
@@ -81,7 +85,7 @@ def _attach(model: nn.Module, prefix: Prefix) -> None:
         (m for m in model.modules() if any(isinstance(c, nn.ModuleList) for c in m.children())),
         key=lambda m: max(len(c) for c in m.children() if isinstance(c, nn.ModuleList)),
     )
-    stack.register_forward_pre_hook(_prepend(prefix, stack), with_kwargs=True)
+    prefix.hook = stack.register_forward_pre_hook(_prepend(prefix, stack), with_kwargs=True)
 
 
 def _prepend(prefix: Prefix, stack: nn.Module) -> Any:
@@ -144,7 +148,7 @@ def is_saved(directory: Path) -> bool:
 
 
 def load(model: nn.Module, directory: Path) -> None:
-    """Put a saved prefix, PEFT's or ours, on its base."""
+    """Put a saved prefix, PEFT's or ours, on its base, in place of one that is there."""
     config = json.loads((directory / CONFIG).read_text())
     weight = load_file(directory / WEIGHTS)["prompt_embeddings"]
     n_layers, n_heads = config["num_layers"], config["num_attention_heads"]

@@ -110,6 +110,7 @@ class _Session:
     def run(self, loaded: Any, rows: Mapping[str, Any]) -> Result:
         import torch
 
+        from tinyft import prefix
         from tinyft.data import Batches, encode, encode_held_out, pad_id
         from tinyft.kernels import dispatch
         from tinyft.losses import objective_of
@@ -140,6 +141,12 @@ class _Session:
                 f"{config.model} is packed to {loaded.base_bits} bits, hence frozen, and "
                 f"{config.method} trains all: use --trainable lora, or begin from the model that "
                 f"it was made from."
+            )
+        if prefix.is_attached(loaded.model) and (config.trainable == "all" or method.packs_base):
+            raise InputError(
+                f"{config.model} has a prefix, which is no part of the weights that "
+                f"{config.method} trains: use --method mezo --trainable prefix, or begin from the "
+                f"model that it was made from."
             )
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         config = self.config = config.with_lr(self.model.config)

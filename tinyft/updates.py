@@ -94,10 +94,15 @@ class AdamW(_Widened):
     by_rows = True
 
     def start(self, parameter: Tensor) -> State:
+        dtype = parameter.dtype
+        if dtype == torch.float16 and _is_widened(parameter):
+            # In as many bits, but with float32's range: the square of a gradient below 0.005,
+            # times 1 - beta2, is 0 in float16, and the step up to 30 times as long.
+            dtype = torch.bfloat16
         return {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+            "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+            "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
         }
 
     def step(

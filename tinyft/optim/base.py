@@ -116,7 +116,8 @@ class Optimizer(torch.optim.Optimizer):
                 convention, but nobody calls `backward`: the method does what it needs). With
                 `batch`, `closure(batch)` returns one loss per example, shape `(B,)`, whose mean is
                 the loss; the method may then repeat or split the batch.
-            batch: a `tinyft.data.Batch`, or a dict or tuple of tensors with examples along dim 0.
+            batch: a `tinyft.data.Batch`, or a tensor, or a dict or tuple with tensors, of examples
+                along dim 0.
         """
         raise NotImplementedError
 
@@ -228,6 +229,48 @@ def call_per_example(closure: Callable[..., Tensor], batch: Any) -> Tensor:
             f"{found}. Reduce over tokens inside the objective."
         )
     return losses
+
+
+# Batches: a `Batch`, or what is not one: a tensor, or a dict or tuple with tensors, which have the
+# examples along their first dimension. What else a dict or tuple holds goes to every part.
+
+
+def size_of(batch: Any) -> int:
+    """Examples in a batch."""
+    if _is_expandable(batch):
+        return batch.size
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    values = [batch] if isinstance(batch, Tensor) else values
+    return max(len(value) for value in values if isinstance(value, Tensor))
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """At most `parts` batches of consecutive examples, the largest first."""
+    if parts == 1:
+        return [batch]
+    if _is_expandable(batch):
+        return batch.split(parts)
+    parts = min(parts, size_of(batch))
+    return [_mapped(batch, lambda t, i=i: t.tensor_split(parts)[i]) for i in range(parts)]
+
+
+def repeated(batch: Any, copies: int) -> Any:
+    """The batch `copies` times over, copies-major."""
+    if _is_expandable(batch):
+        return batch.repeat(copies)
+    return _mapped(batch, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)))
+
+
+def _is_expandable(batch: Any) -> bool:
+    return hasattr(batch, "repeat") and not isinstance(batch, Tensor)
+
+
+def _mapped(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return f(batch)
+    if isinstance(batch, Mapping):
+        return {k: f(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return tuple(f(v) if isinstance(v, Tensor) else v for v in batch)
 
 
 def check_finite(loss: Tensor, step: int) -> None:

@@ -21,7 +21,7 @@ from tinyft.importance import sweep, undisturbed
 from tinyft.kernels import widened
 from tinyft.kernels.chunked_cross_entropy import using_rows
 from tinyft.memory import reuse_heap
-from tinyft.optim.base import Optimizer, call_per_example, check_finite
+from tinyft.optim.base import Optimizer, call_per_example, check_finite, size_of, split
 from tinyft.updates import update_rule
 
 _LARGE = 1 << 18  # elements of a gradient worth a look at the heap when it is freed
@@ -321,29 +321,3 @@ class GradientOptimizer(Optimizer):
 
 def _mean_loss(closure: Callable[..., Tensor], part: Any) -> Tensor:
     return call_per_example(closure, part).mean()
-
-
-def size_of(batch: Any) -> int:
-    """Examples in a `Batch`, or in a dict or tuple of tensors."""
-    if hasattr(batch, "size") and not isinstance(batch, Tensor):
-        return batch.size
-    return len(_tensors(batch)[0])
-
-
-def split(batch: Any, parts: int) -> list[Any]:
-    """At most `parts` batches of consecutive examples."""
-    if parts == 1:
-        return [batch]
-    if hasattr(batch, "split") and not isinstance(batch, Tensor):
-        return batch.split(parts)
-    pieces = [t.tensor_split(min(parts, size_of(batch))) for t in _tensors(batch)]
-    rows = list(zip(*pieces, strict=True))
-    if isinstance(batch, Mapping):
-        return [dict(zip(batch, row, strict=True)) for row in rows]
-    return list(rows) if isinstance(batch, (tuple, list)) else [row[0] for row in rows]
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    return list(batch) if isinstance(batch, (tuple, list)) else [batch]

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from tinyft.adapters import adapter_arguments, adapters, inject, save_adapter
+from tinyft.adapters import adapter_arguments, adapters, ensure, save_adapter
 from tinyft.backward_cost import BackwardCost, trace
 from tinyft.errors import InputError
 from tinyft.importance import first_order, published, undisturbed
@@ -426,8 +426,8 @@ class GreenTrainer(GradientOptimizer):
     def attach(cls, model: nn.Module, config: Any) -> GreenTrainer:
         if config.trainable == "all":
             model.requires_grad_(True)
-        elif not adapters(model):
-            inject(model, **adapter_arguments(config))
+        else:
+            ensure(model, **adapter_arguments(config))
         model.train()
         check_head(model)
         optimizer = cls(

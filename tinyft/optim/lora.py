@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from tinyft.adapters import (
     LoRALinear,
     adapter_arguments,
-    adapters,
+    ensure,
     inject,
     load_adapter,
     merge,
@@ -75,8 +75,7 @@ class LoRA(GradientOptimizer):
         seed: int = 0,
         **common: Unpack[GradientArguments],
     ) -> None:
-        if not adapters(model):
-            inject(model, rank, alpha, dropout, targets, seed)
+        ensure(model, rank, alpha, dropout, targets, seed)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         super().__init__(model, named, lr, **common)
 

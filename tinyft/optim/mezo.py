@@ -17,11 +17,11 @@ What differs from the published procedure, which `exact=True` follows to the bit
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,27 @@ import torch
 from torch import Tensor, nn
 
 from tinyft import adapters, prefix
-from tinyft.activations import blocks_of
+from tinyft.activations import blocks_of, without_cache
 from tinyft.errors import InputError
 from tinyft.kernels import widened
 from tinyft.memory import reuse_heap
-from tinyft.optim.base import Optimizer, call_per_example, check_finite, register
+from tinyft.modules import evaluating
+from tinyft.optim.base import (
+    Optimizer,
+    call_per_example,
+    check_finite,
+    register,
+    repeated,
+    size_of,
+    split,
+)
 from tinyft.zeroth.directions import FAMILIES, make_directions
 from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
 from tinyft.zeroth.forward import Group, PerturbedForward
 from tinyft.zeroth.seed_log import SeedLog, fingerprint
 from tinyft.zeroth.update import update_
+
+log = logging.getLogger(__name__)
 
 # With momentum beta the terms older than this weigh less than 1% and are dropped.
 _MOMENTUM_TAIL = 0.01
@@ -160,8 +171,16 @@ class MeZO(Optimizer):
         )
         self._forward = None if exact else PerturbedForward(model, self.parameters)
         self._recent: deque[list[float]] = deque(maxlen=_window(momentum))
+        self._looked = exact  # see `_look`
         self._scalar_objective = False
+        self._apart = False
         self.splits = 1  # of a part of the batch, which without has the rows of inference
+
+    def prepare(self, closure: Callable[..., Tensor], batches: Iterable[Any]) -> None:
+        """See whether copies of a batch can ride in one; without this the first step does."""
+        with evaluating(self.model), without_cache(self.model):
+            for batch in islice(batches, 1):
+                self._look(closure, batch)
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
@@ -173,7 +192,8 @@ class MeZO(Optimizer):
             )
         self.clean = not self.options.exact  # weights are read-only until the update
         # What a layer's forward pass frees (a packed weight's numbers, say) leaves holes.
-        with _eval_mode(self.model), self.heap.before(blocks_of(self.model)):
+        model = self.model
+        with evaluating(model), without_cache(model), self.heap.before(blocks_of(model)):
             if self.options.exact:
                 loss, gradients = self._exact_losses(closure, batch)
             else:
@@ -194,6 +214,7 @@ class MeZO(Optimizer):
 
     def _losses(self, closure: Callable[..., Tensor], batch: Any, groups: list) -> Tensor:
         """The objective at every `(z, scale)`, float64 `(len(groups),)`."""
+        self._look(closure, batch)
         if batch is None or self._scalar_objective:
             values = []
             for group in groups:
@@ -201,20 +222,41 @@ class MeZO(Optimizer):
                     value = closure() if batch is None else closure(batch)
                 values.append(value.double().mean())
             return torch.stack(values).cpu()
-        size = _batch_size(batch)
+        if self._apart and len(groups) > 1:
+            return torch.cat([self._losses(closure, batch, [group]) for group in groups])
+        size = size_of(batch)
         # The weights are read once for all copies, yet no more rows are alive than in inference.
         parts = min(size, len(groups) * self.splits)
         total = torch.zeros(len(groups), dtype=torch.float64)
-        for part in _split(batch, parts):
-            expanded, rows = _repeat(part, len(groups))
-            with self._forward(groups, rows):
+        for part in split(batch, parts):
+            expanded = repeated(part, len(groups))
+            with self._forward(groups, _rows(expanded)):
                 losses = call_per_example(closure, expanded)
-            if losses.dim() == 0:
-                # One number for the whole batch (F1, say): each point needs its own evaluation.
-                self._scalar_objective = True
-                return self._losses(closure, batch, groups)
             total += losses.double().view(len(groups), -1).sum(1).cpu()
         return total / size
+
+    @torch.no_grad()
+    def _look(self, closure: Callable[..., Tensor], batch: Any) -> None:
+        """Once, on one example: must points be evaluated one after the other, since the objective
+        is one number for a whole batch, or since a layer has one input for all copies?"""
+        if self._looked or batch is None:
+            return
+        example = split(batch, size_of(batch))[0]
+        is_scalar = []
+
+        def run(copies: int) -> None:
+            losses = call_per_example(closure, repeated(example, copies))
+            is_scalar.append(losses.dim() == 0)
+
+        shared = self._forward.shared_inputs(run)
+        self._scalar_objective, self._apart, self._looked = any(is_scalar), bool(shared), True
+        if shared and not self._scalar_objective:
+            log.warning(
+                "%s: %s, of one input for all examples, cannot be perturbed for each copy of a "
+                "batch apart; points are evaluated one after the other, which takes longer.",
+                type(self.model).__name__,
+                ", ".join(shared[:3]) + (" and others" if len(shared) > 3 else ""),
+            )
 
     def _apply(self, lr: float, gradients: Sequence[float]) -> None:
         """Log the step, then update the weights: a logged step can be replayed, so none is lost."""
@@ -243,14 +285,16 @@ class MeZO(Optimizer):
 
     @property
     def n_parts(self) -> int:
+        if self.options.exact or self._scalar_objective:
+            return 1
         points = evaluation_points(self.options.estimator, self.options.probes)
-        return 1 if self.options.exact else len(points) * self.splits
+        return self.splits * (1 if self._apart else len(points))
 
     def settings(self, size: int) -> list[dict[str, Any]]:
-        """Fewer rows at a time; none for the published procedure."""
+        """Fewer rows at a time; not where an evaluation needs the whole batch."""
         found = [{"splits": self.splits}]
         parts = self.n_parts
-        while not self.options.exact and parts < size:
+        while not (self.options.exact or self._scalar_objective) and parts < size:
             parts *= 2
             found.append({"splits": 2 * found[-1]["splits"]})
         return found
@@ -258,7 +302,7 @@ class MeZO(Optimizer):
     @torch.no_grad()
     def probe(self, closure: Callable[..., Tensor], batch: Any) -> int:
         """The forward passes of a step."""
-        with _eval_mode(self.model):
+        with evaluating(self.model), without_cache(self.model):
             if not self.options.exact:
                 self._losses(closure, batch, self._groups())
                 return 0
@@ -280,12 +324,15 @@ class MeZO(Optimizer):
 
     def _exact_losses(self, closure: Callable, batch: Any) -> tuple[float, list[float]]:
         with torch.random.fork_rng(devices=[]):
-            values = []
-            for scale in (1, -2):
-                self._exact_perturb(scale)
-                value = closure() if batch is None else closure(batch)
-                values.append(value.mean())
-            self._exact_perturb(1)
+            values, away = [], 0
+            try:
+                for scale in (1, -2):
+                    self._exact_perturb(scale)
+                    away += scale
+                    value = closure() if batch is None else closure(batch)
+                    values.append(value.mean())
+            finally:
+                self._exact_perturb(-away)
         plus, minus = values
         check_finite(torch.stack(values), self.steps_taken)
         gradient = ((plus - minus) / (2 * self.options.eps)).item()
@@ -313,7 +360,7 @@ class MeZO(Optimizer):
     def attach(cls, model: nn.Module, config: Any) -> MeZO:
         """From a resolved `TrainConfig`; `trainable` is all, lora or prefix."""
         if config.trainable == "lora":
-            adapters.inject(
+            adapters.ensure(
                 model,
                 config.rank,
                 config.alpha,
@@ -321,7 +368,8 @@ class MeZO(Optimizer):
                 seed=config.seed,
             )
         elif config.trainable == "prefix":
-            prefix.inject(model, seed=config.seed)
+            if not prefix.is_attached(model):
+                prefix.inject(model, seed=config.seed)
         elif config.base_bits < 16:
             raise InputError(
                 f"--base-bits {config.base_bits} keeps the base frozen: use --trainable lora, or "
@@ -338,7 +386,7 @@ class MeZO(Optimizer):
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         """All parameters: the seed log, already in place, is the artefact. Else an adapter."""
         tokenizer.save_pretrained(directory)
-        if prefix.is_attached(model):
+        if prefix.is_attached(model) and model.prefix.weight.requires_grad:
             prefix.save(model, directory, base)
         elif adapters.adapters(model):
             adapters.save_adapter(model, directory, base)
@@ -431,43 +479,6 @@ def _normal_like(p: Tensor) -> Tensor:
     return torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
 
 
-@contextmanager
-def _eval_mode(model: nn.Module):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _batch_size(batch: Any) -> int:
-    return batch.size if hasattr(batch, "repeat") else max(t.shape[0] for t in _tensors(batch))
-
-
-def _map(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(batch, Mapping):
-        return {k: f(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return tuple(f(v) if isinstance(v, Tensor) else v for v in batch)
-
-
-def _split(batch: Any, parts: int) -> list[Any]:
-    if hasattr(batch, "split"):
-        return batch.split(parts)
-    bounds = [i * _batch_size(batch) // parts for i in range(parts + 1)]
-    return [_map(batch, lambda v, a=a, b=b: v[a:b]) for a, b in pairwise(bounds)]
-
-
-def _repeat(batch: Any, copies: int) -> tuple[Any, int]:
-    """The batch `copies` times over, copies-major, and the rows of the result."""
-    if hasattr(batch, "repeat"):
-        expanded = batch.repeat(copies)
-        return expanded, expanded.input_ids.shape[0]
-    expanded = _map(batch, lambda v: v.repeat(copies, *[1] * (v.dim() - 1)))
-    return expanded, _batch_size(expanded)
+def _rows(batch: Any) -> int:
+    """Of the tensors, which for examples of several rows are more than examples."""
+    return len(batch.input_ids) if hasattr(batch, "input_ids") else size_of(batch)

@@ -23,7 +23,7 @@ rate as much smaller.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,15 @@ from tinyft import activations
 from tinyft.adapters import adapter_arguments, inject
 from tinyft.errors import InputError
 from tinyft.losses import check_head
-from tinyft.optim.base import Optimizer, register
-from tinyft.optim.gradient import GradientArguments, GradientOptimizer, size_of
+from tinyft.modules import evaluating
+from tinyft.optim.base import Optimizer, register, size_of
+from tinyft.optim.gradient import GradientArguments, GradientOptimizer
 from tinyft.optim.mezo import MeZO, MeZOOptions
 from tinyft.plots import rotation_plot
 from tinyft.rotated import artefact
 from tinyft.rotated.families import obstacle
 from tinyft.rotated.rotation import blocks_of
-from tinyft.rotated.search import GRADIENTS, PLACES, ROTATIONS, Recipe, Rotated
+from tinyft.rotated.search import GRADIENTS, PLACES, ROTATIONS, Choice, Recipe, Rotated
 
 CALIBRATION_EXAMPLES = 128  # the paper's
 
@@ -123,16 +124,14 @@ class _Quantising(Optimizer):
             closure() if batch is None else closure(batch)
 
         model = self.rotated.model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        check_head(model)  # now, and not amid the calibration
-        # Activations are copied and rounded in many ways: no more holes than in training.
-        with self.heap.before(activations.blocks_of(model)):
-            self.rotated.calibrate(run, chosen or [(None, None)])
-        for module, mode in modes:
-            module.training = mode
+        with evaluating(model):
+            check_head(model)  # now, and not amid the calibration
+            # Activations are copied and rounded in many ways: no more holes than in training.
+            with self.heap.before(activations.blocks_of(model)):
+                self.rotated.calibrate(run, chosen or [(None, None)])
         if self.rotated.recipe.int4_base:
             self.rotated.freeze_int4()
+        super().prepare(closure, [batch for batch, _ in chosen])
 
     def step(  # type: ignore[override]
         self, closure: Callable[..., Tensor] | None = None, batch: Any = None
@@ -150,6 +149,29 @@ class _Quantising(Optimizer):
     def save_artefact(self, model: nn.Module, tokenizer: Any, directory: Path, base: str) -> str:
         artefact.save(self.rotated, tokenizer, directory)
         return "packed"
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the method's own, with what was chosen for each block."""
+        return {**super().state_dict(), "blocks": self.rotated.manifest()["blocks"]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`, for a model whose weights have been, or will be, loaded too.
+
+        Raises:
+            InputError: the state is of a packed base, and this one is not packed.
+        """
+        state = dict(state_dict)
+        choices = [Choice(**block) for block in state.pop("blocks")]
+        linears = [linear for block in blocks_of(self.rotated.model) for linear in block.linears()]
+        if choices and self.rotated.recipe.int4_base and not all(m.is_packed for m in linears):
+            raise InputError(
+                "This state is of a packed base, and the model's is not packed: its weights cannot "
+                "be loaded. Write it with tinyft.rotated.artefact.save, and go on from that by "
+                "LoRA or MeZO."
+            )
+        super().load_state_dict(state)
+        if choices:
+            self.rotated.apply(choices)
 
     def plots(self) -> dict[str, Callable[[Path], None]]:
         if not self.rotated.choices:
@@ -293,23 +315,68 @@ class RoSTEMeZO(_Quantising, MeZO):
 
     Finite differences need no gradient of the rounding. What is perturbed are adapters, scales and
     norms: eps is far below a step of 4 bits, and a perturbed weight would be rounded to itself.
+    The arguments are `RoSTE`'s and `MeZO`'s.
+
+    Example:
+        >>> optimizer = tinyft.RoSTEMeZO(model, lr=1e-4)
+        >>> for batch in batches:
+        ...     loss = optimizer.step(lambda: model(**batch).loss)
     """
 
     Options = RoSTEMeZOOptions
     default_lr = {"lora": 1e-4}  # noqa: RUF012
     needs = "lora"
 
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        *,
+        weights: int = 4,
+        activations: int = 8,
+        kv: int = 8,
+        rotations: str = "adaptive",
+        clip: float | None = None,
+        symmetric: bool = False,
+        group: int = 0,
+        ste: str = "identity",
+        rank: int = 8,
+        alpha: float = 16.0,
+        targets: str | Sequence[str] = "all-linear",
+        eps: float = 1e-2,
+        directions: str = "sign-rank1",
+        estimator: str = "two-sided",
+        probes: int = 1,
+        momentum: float = 0.0,
+        exact: bool = False,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        options = RoSTEOptions(weights, activations, kv, rotations, clip, symmetric, group, ste)
+        self.rotated = Rotated(model, options.recipe(int4_base=True, seed=seed))
+        _on_packed_base(model, rank, alpha, 0.0, targets, seed)
+        super().__init__(
+            model,
+            lr,
+            eps=eps,
+            directions=directions,
+            estimator=estimator,
+            probes=probes,
+            momentum=momentum,
+            exact=exact,
+            weight_decay=weight_decay,
+            seed=seed,
+        )
+
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> RoSTEMeZO:
-        rotated = Rotated(model, config.options.recipe(int4_base=True, seed=config.seed))
-        _on_packed_base(model, config.rank, config.alpha, 0.0, config.lora_targets, config.seed)
-        of_mezo = {f.name: getattr(config.options, f.name) for f in dataclasses.fields(MeZOOptions)}
-        optimizer = cls(
+        return cls(
             model,
             config.lr,
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=config.lora_targets,
             weight_decay=config.weight_decay,
             seed=config.seed,
-            **of_mezo,
+            **dataclasses.asdict(config.options),
         )
-        optimizer.rotated = rotated
-        return optimizer

@@ -48,6 +48,7 @@ class PerturbedForward:
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         index = {id(parameter): t for t, parameter in enumerate(parameters)}
         self.sites: list[tuple[nn.Module, dict[str, int]]] = []
+        self.paths: dict[nn.Module, str] = {}
         stuck = []
         for path, module in model.named_modules():
             own = {
@@ -57,6 +58,7 @@ class PerturbedForward:
             }
             if own:
                 self.sites.append((module, own))
+                self.paths[module] = path
                 if any(True for child in module.children() for _ in child.parameters()):
                     stuck += [f"{path}.{name}" for name in own]
         if stuck:
@@ -68,6 +70,7 @@ class PerturbedForward:
         self.groups: list[Group] = []
         self.rows = 0
         self._scales: dict[Any, Tensor] = {}
+        self._seen: dict[nn.Module, list[tuple[int, bool]]] = {}
 
     @contextmanager
     def __call__(self, groups: Sequence[Group], rows: int = 0) -> Iterator[None]:
@@ -89,6 +92,31 @@ class PerturbedForward:
         finally:
             self.groups = []
             self._scales.clear()
+            self._seen = {}
+
+    def shared_inputs(self, run: Callable[[int], Any]) -> list[str]:
+        """Paths of the modules with an input that is one and the same for all copies of a batch
+        (relative positions, say), in which no copy can have its own perturbation.
+
+        Args:
+            run: evaluates the model on so many copies of one example.
+        """
+        run(1)  # the first time an objective may run the model for more (`losses.check_head`)
+        seen = []
+        for copies in (1, 2):
+            with self([(None, 0.0)]):
+                run(copies)
+                seen.append(self._seen)
+        once, twice = seen
+        return [
+            path
+            for module, path in self.paths.items()
+            if not _grows(once.get(module, []), twice.get(module, []))
+        ]
+
+    def see(self, module: nn.Module, n: int, *, may_be_shared: bool = False) -> None:
+        """Note an input's leading size; one of 1 is given to each copy if it `may_be_shared`."""
+        self._seen.setdefault(module, []).append((n, may_be_shared))
 
     def scales(self, y: Tensor) -> Tensor:
         """The scale of each row of `y`, all copies, `(N, 1)` in its dtype."""
@@ -122,10 +150,18 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
     return _one_run_a_copy
 
 
+def _grows(once: list[tuple[int, bool]], twice: list[tuple[int, bool]]) -> bool:
+    """Whether what a module saw of two copies is twice what it saw of one. In sums, since a head
+    may get its input in pieces."""
+    given = sum(n == 1 and may_be_shared for n, may_be_shared in twice)
+    return sum(n for n, _ in twice) - given == 2 * (sum(n for n, _ in once) - given)
+
+
 def _linear(
     state: PerturbedForward, module: Any, own: Mapping[str, int], original: Callable, x: Tensor
 ) -> Tensor:
     """`nn.Linear`, weight `(out, in)`, and transformers' `Conv1D`, weight `(in, out)`."""
+    state.see(module, x.shape[0])
     conv1d = not isinstance(module, nn.Linear)
     out_features = module.weight.shape[1 if conv1d else 0]
     t, t_bias = own.get("weight"), own.get("bias")
@@ -209,22 +245,23 @@ def _embedding(
     **kwargs: Any,
 ) -> Tensor:
     """Embeddings, and their subclasses that move the index or scale the result."""
-    with _EmbeddingMode(state, module.weight, own["weight"]):
+    with _EmbeddingMode(state, module, own["weight"]):
         return original(*args, **kwargs)
 
 
 class _EmbeddingMode(TorchFunctionMode):
     """Adds z's rows to every `F.embedding` with the given weight, whoever calls it and how."""
 
-    def __init__(self, state: PerturbedForward, weight: Tensor, t: int) -> None:
+    def __init__(self, state: PerturbedForward, module: nn.Module, t: int) -> None:
         super().__init__()
-        self.state, self.weight, self.t = state, weight, t
+        self.state, self.module, self.t = state, module, t
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is not F.embedding or args[1] is not self.weight:
+        if func is not F.embedding or args[1] is not self.module.weight:
             return result
         state = self.state
+        state.see(self.module, args[0].shape[0], may_be_shared=True)
         pieces = state.split(args[0])
         if len(pieces) > 1 and args[0].shape[0] == 1:
             # Shared by all rows so far; from here on each copy has its own.
@@ -248,6 +285,9 @@ def _one_run_a_copy(
 ) -> Any:
     """Run the module once a copy on its share of every tensor argument, parameters replaced."""
     copies = len(state.groups)
+    sizes = [a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor)] or [1]
+    for n in sizes:
+        state.see(module, n, may_be_shared=max(sizes) > 1)
     shares = [[a] * copies if not isinstance(a, Tensor) else state.split(a) for a in args]
     named = {
         k: [a] * copies if not isinstance(a, Tensor) else state.split(a) for k, a in kwargs.items()
