@@ -25,6 +25,7 @@ from commands import add, kept
 from tinyft.assets import fetch
 from tinyft.budget import Budget
 from tinyft.config import as_flags
+from tinyft.machine import this_machine
 
 FIELDS = (
     *("budget_bytes", "exit_code", "chosen", "predicted_bytes", "peak_bytes", "group_peak_bytes"),
@@ -134,6 +135,7 @@ def main() -> None:
     table = arguments.output / "plan_enforced.csv"
     known = {row["budget_bytes"] for row in kept(table)}
     ratio = (most / least) ** (1 / (arguments.budgets - 1))
+    this_machine()  # once, outside of all groups
     for budget in (int(least * ratio**i) for i in range(arguments.budgets)):
         if budget in known:
             continue

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from tinyft.cost import DispatchMode
 from tinyft.heap import HeapWatch, Shelf, Shelved
 from tinyft.modules import is_plain_linear, replaced_forwards
 
@@ -158,7 +158,7 @@ _SWEEP_BYTES = 1 << 25
 _LONGEST = 12  # operations to make one tensor again
 
 
-class Rematerialise(TorchDispatchMode):
+class Rematerialise(DispatchMode):
     """While active, autograd saves recipes instead of tensors where that holds fewer bytes.
 
     Below autograd, every cheap operation leaves a recipe for its result: the operation and its

@@ -27,9 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyft.cost import FlopCounter, flops_of, tensors_in
+from tinyft.cost import DispatchMode, FlopCounter, flops_of, tensors_in
 
 Mask = NDArray[np.bool_]
 
@@ -164,7 +163,7 @@ class _Graph:
                 stack += [(following, False) for following, _ in node.next_functions]
 
 
-class _Blame(TorchDispatchMode):
+class _Blame(DispatchMode):
     """Attributes a backward pass's FLOPs, and the tensors saved for it, to nodes.
 
     An operator, or a saved tensor, that went into the gradient of one input alone is attributed to

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -97,17 +98,36 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def flops_of(func: Any, args: tuple, out: Any) -> int:
-    """FLOPs of one dispatched operator, given its positional arguments and its result."""
+@cache
+def formula_of(func: Any) -> Callable[[tuple, Any], int] | None:
+    """FLOPs of a dispatched operator, as a function of its positional arguments and its result;
+    None where there are none."""
     packet = func._overloadpacket
     if formula := _FORMULAS.get(packet):
-        return formula(args, out)
-    if func.namespace == "transformers" and (formula := _EXPERTS.get(packet.__name__)):
-        return formula(args)
-    return _packed_product(packet.__name__, args, out) if func.namespace == "bitsandbytes" else 0
+        return formula
+    if func.namespace == "transformers" and (of_experts := _EXPERTS.get(packet.__name__)):
+        return lambda args, _: of_experts(args)
+    if func.namespace == "bitsandbytes":
+        return partial(_packed_product, packet.__name__)
+    return None
 
 
-class FlopCounter(TorchDispatchMode):
+def flops_of(func: Any, args: tuple, out: Any) -> int:
+    """FLOPs of one dispatched operator, given its positional arguments and its result."""
+    formula = formula_of(func)
+    return formula(args, out) if formula else 0
+
+
+class DispatchMode(TorchDispatchMode):
+    """torch's, without what it puts around every operation to keep `torch.compile` out: nothing is
+    compiled here, and that takes a fifth of an operation's time in a mode that does little."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class FlopCounter(DispatchMode):
     """Counts the FLOPs of everything that runs inside it, backward passes too.
 
     Attributes:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tinyft.cost import flops_of, tensors_in
+from tinyft.cost import DispatchMode, formula_of, tensors_in
 
 _SMALL = 1 << 12  # elements; below, a stand-in is written where a value would be
 _LARGE = 1 << 16  # elements; factories of less run for real
@@ -75,7 +75,7 @@ class _Block:
     died: int | None = None
 
 
-class DryRun(TorchDispatchMode):
+class DryRun(DispatchMode):
     """While active, nothing is computed; what would be allocated is written down.
 
     Attributes:
@@ -176,47 +176,46 @@ class DryRun(TorchDispatchMode):
         backward = _in_backward()
         if not self._phases or self._phases[-1][1] != backward:
             self._phases.append((self._now, backward))
-        kind = _kind(func)
-        if kind == "view" or kind == "read":
+        operator = _operator(func)
+        if operator.is_free:
             return func(*args, **kwargs)
         tensors = tensors_in((*args, *kwargs.values()))
         if _is_meta(tensors, kwargs):
             return func(*args, **kwargs)
-        if not self._any_dry(tensors) and not _is_large_factory(func, args):
+        if not self._any_dry(tensors) and not (operator.is_factory and _is_large(args)):
             out = func(*args, **kwargs)
-        elif kind == "mutable":
-            out = self._mutate(func, args, kwargs)
+        elif operator.is_mutable:
+            out = self._mutate(func, operator, args, kwargs)
         else:
-            out = self._make(func, args, kwargs)
+            out = self._make(func, operator, args, kwargs)
         results = tensors_in((out,))
         for tensor in results:
             self._track(tensor)
-        self._count(func, args, out, tensors, results)
+        self._count(operator, args, out, tensors, results)
         return out
 
-    def _make(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _make(self, func: Any, operator: _Operator, args: tuple, kwargs: dict[str, Any]) -> Any:
         """New tensors of the shapes that `func` would make."""
         shapes = _remembered(_shapes_made, func, args, kwargs)
         if not isinstance(shapes, list):
             return self._empty(shapes)
         made = [self._empty(shape) for shape in shapes]
-        return made if _returns_list(func) else tuple(made)
+        return made if operator.returns_list else tuple(made)
 
-    def _mutate(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _mutate(self, func: Any, operator: _Operator, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An operation that writes into some of its arguments: at most their shapes change."""
-        schema = _schema(func)
-        given = dict(zip(schema.names, args, strict=False)) | kwargs
-        if schema.has_out:
+        given = dict(zip(operator.names, args, strict=False)) | kwargs
+        if operator.has_out:
             for name, shape in _remembered(_shapes_written, func, args, kwargs).items():
                 if given[name].shape != shape.size:
                     given[name].resize_(shape.size).as_strided_(shape.size, shape.stride)
-        for tensor in tensors_in([given.get(name) for name in schema.written]):
+        for tensor in tensors_in([given.get(name) for name in operator.written]):
             self._stand_in(tensor)
-        if schema.scratch_bytes:
-            n_bytes = schema.scratch_bytes * args[1].numel()
+        if operator.scratch_bytes:
+            n_bytes = operator.scratch_bytes * args[1].numel()
             self._grow(n_bytes)
             self._grow(-n_bytes)
-        made = [given[name] for name in schema.written[: schema.n_results]]
+        made = [given[name] for name in operator.written[: operator.n_results]]
         return tuple(made) if len(made) > 1 else made[0] if made else None
 
     def _empty(self, shape: _Shape | None) -> Tensor | None:
@@ -279,13 +278,12 @@ class DryRun(TorchDispatchMode):
         self.live_bytes -= block.size_bytes
         self._history.append((self._now, self.live_bytes))
 
-    def _count(self, func: Any, args: tuple, out: Any, read: list, written: list) -> None:
-        flops = self._times * flops_of(func, args, out)
+    def _count(self, operator: _Operator, args: tuple, out: Any, read: list, written: list) -> None:
         moved_bytes = self._times * sum([t.nbytes for t in (*read, *written)])
         self.operations += self._times
-        self.flops += flops
         self.moved_bytes += moved_bytes
-        if flops:
+        if operator.flops and (flops := self._times * operator.flops(args, out)):
+            self.flops += flops
             self.flops_by_dtype[read[0].dtype] = self.flops_by_dtype.get(read[0].dtype, 0) + flops
             self.product_bytes += moved_bytes
 
@@ -331,11 +329,14 @@ def _remembered(find: Callable, func: Any, args: tuple, kwargs: dict[str, Any]) 
     named = tuple((name, _key(value)) for name, value in kwargs.items())
     key = (func, _key(args), named, torch.get_default_dtype())
     try:
-        if key not in _MEMORY:
-            _MEMORY[key] = find(func, *_map((args, kwargs), lambda t: _Shape.of(t).meta()))
-        return _MEMORY[key]
+        found = _MEMORY.get(key, _MEMORY)  # which stands for nothing, as None may be remembered
     except TypeError:  # an operand that has no hash
-        return find(func, *_map((args, kwargs), lambda t: _Shape.of(t).meta()))
+        key, found = None, _MEMORY
+    if found is _MEMORY:
+        found = find(func, *_map((args, kwargs), lambda t: _Shape.of(t).meta()))
+        if key:
+            _MEMORY[key] = found
+    return found
 
 
 def _key(value: Any) -> Hashable:
@@ -377,47 +378,51 @@ def _shapes_written(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return {name: _Shape.of(t) for name, t in zip(names, results, strict=True)}
 
 
-class _Schema(NamedTuple):
-    """What an operation that writes into its arguments says of itself, found out once."""
+class _Operator(NamedTuple):
+    """What an operator says of itself, found out once.
 
+    Attributes:
+        is_free: touches no element, or reads a stand-in's.
+        is_mutable: writes into an argument.
+        is_factory: makes a tensor of a size that it is told.
+        names: of its arguments; `written`: of those that it writes into; `has_out`: one is an out.
+        scratch_bytes: meanwhile, for each element of its second operand.
+        flops: its formula (`tinyft.cost.formula_of`).
+    """
+
+    is_free: bool
+    is_mutable: bool
+    is_factory: bool
     names: tuple[str, ...]
     written: tuple[str, ...]
     has_out: bool
     n_results: int
-    scratch_bytes: int  # for each element of the first operand
+    returns_list: bool
+    scratch_bytes: int
+    flops: Callable[[tuple, Any], int] | None
 
 
 @cache
-def _schema(func: Any) -> _Schema:
-    arguments = func._schema.arguments
-    return _Schema(
-        tuple(a.name for a in arguments),
-        tuple(a.name for a in arguments if a.alias_info and a.alias_info.is_write),
-        any(a.is_out for a in arguments),
-        len(func._schema.returns),
-        _SCRATCH.get(func.name(), 0),
-    )
-
-
-def _returns_list(func: Any) -> bool:
-    returns = func._schema.returns
-    return len(returns) == 1 and "List" in str(returns[0].type)
-
-
-@cache
-def _kind(func: Any) -> str:
-    """`"view"`: touches no element; `"mutable"`: writes into an argument; `"new"`."""
-    if torch.Tag.inplace_view in func.tags or func.overloadpacket in (
+def _operator(func: Any) -> _Operator:
+    schema, packet = func._schema, func.overloadpacket
+    returns = [r.alias_info for r in schema.returns]
+    is_view = torch.Tag.inplace_view in func.tags or packet in (
         aten._unsafe_view,
         aten.lift_fresh,
-    ):
-        return "view"
-    if func._schema.is_mutable:
-        return "mutable"
-    if func.overloadpacket is aten._local_scalar_dense:
-        return "read"  # of a stand-in
-    returns = [r.alias_info for r in func._schema.returns]
-    return "view" if returns and all(returns) else "new"
+    )
+    is_view = is_view or (not schema.is_mutable and bool(returns) and all(returns))
+    return _Operator(
+        is_free=is_view or packet is aten._local_scalar_dense,
+        is_mutable=schema.is_mutable,
+        is_factory=packet in _FACTORIES,
+        names=tuple(a.name for a in schema.arguments),
+        written=tuple(a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write),
+        has_out=any(a.is_out for a in schema.arguments),
+        n_results=len(schema.returns),
+        returns_list=len(schema.returns) == 1 and "List" in str(schema.returns[0].type),
+        scratch_bytes=_SCRATCH.get(func.name(), 0),
+        flops=formula_of(func),
+    )
 
 
 _FACTORIES = {
@@ -429,7 +434,6 @@ _FACTORIES = {
     aten.rand,
     aten.randn,
     aten.randint,
-    aten.arange,
     aten.scalar_tensor,
     aten.eye,
     aten.linspace,
@@ -447,11 +451,8 @@ _FACTORIES = {
 }
 
 
-def _is_large_factory(func: Any, args: tuple) -> bool:
-    if func.overloadpacket not in _FACTORIES:
-        return False
-    if func.overloadpacket is aten.arange:
-        return False
+def _is_large(args: tuple) -> bool:
+    """Of a factory's arguments: whether it makes more than what is made for real."""
     size = args[1] if isinstance(args[0], Tensor) and len(args) > 1 else args[0]
     if isinstance(size, Tensor):
         return size.numel() > _LARGE

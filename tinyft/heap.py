@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinyft.cost import DispatchMode
 from tinyft.memory import resident_bytes, trim
 
 SLACK_BYTES = 64 << 20
@@ -147,7 +147,7 @@ _WRITTEN: dict[Any, tuple[Any, Callable[..., int]]] = {
 }
 
 
-class Shelved(TorchDispatchMode):
+class Shelved(DispatchMode):
     """While active, results lie on a shelf."""
 
     def __init__(self, shelf: Shelf) -> None:

@@ -106,7 +106,12 @@ def this_machine() -> Machine:
         )
         if done.returncode:
             reason = "".join(done.stderr.strip().splitlines()[-1:])
-            raise TinyFTError(f"This machine could not be measured: {reason}.") from None
+            if done.returncode < 0:
+                reason = "a signal ended it, as the system does where memory is short"
+            raise TinyFTError(
+                f"The process that measures this machine failed: {reason}. It takes some 600 MiB, "
+                f"once; plan for a --target without it, or name --method and no limits."
+            ) from None
         measured = json.loads(done.stdout)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +253,8 @@ def _measure() -> Machine:
     for dtype in widened.missing():  # multiplied as float32: faster only by the clock's noise
         name = str(dtype)[6:]
         rates[name] = min(rates[name], rates["float32"])
-    block = torch.ones(64 << 20)  # larger than any cache
+    # Larger than most caches, and little where little is allowed.
+    block = torch.ones(min(64 << 20, available_bytes() // 32))
     bandwidth = 3 * 4 * block.numel() / time_of(lambda: torch.add(block, block, out=block))
     return Machine(
         name="this machine",
