@@ -169,3 +169,19 @@ def test_only_models_of_16_bits_ask_for_it(monkeypatch):
     monkeypatch.setattr(widened, "missing", lambda: (torch.float16,))
     widened.install_for(torch.nn.Linear(2, 2).bfloat16())  # which this CPU multiplies
     assert widened._library is None
+
+
+@pytest.mark.parametrize(
+    "avx512, instructions, found",
+    [(True, False, True), (True, True, False), (False, False, False)],
+    ids=["Skylake", "Cooper Lake", "AVX2 with its own"],
+)
+def test_what_is_only_emulated_is_missing(avx512, instructions, found, monkeypatch):
+    """oneDNN says that it supports bfloat16 on all of these."""
+    monkeypatch.setattr(widened.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    assert (torch.bfloat16 in widened.missing()) == found

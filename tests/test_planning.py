@@ -18,7 +18,7 @@ from tinyft import machine, planning
 from tinyft.budget import Budget
 from tinyft.cli import main
 from tinyft.config import TrainConfig, as_flags
-from tinyft.errors import BudgetError, InputError
+from tinyft.errors import BudgetError, InputError, TinyFTError
 from tinyft.planning import make_plan
 
 ROOMY = Budget(memory_bytes=1 << 40)
@@ -95,6 +95,18 @@ def test_environments_are_measured_apart(monkeypatch):
     assert machine._fingerprint() == here
     monkeypatch.setattr(sys, "prefix", "/another/venv")
     assert machine._fingerprint() != here
+
+
+@pytest.mark.parametrize(
+    "code, said, reason",
+    [(-9, "", "a signal ended it"), (1, "line 1\nOSError: no\n", "OSError: no.")],
+)
+def test_a_machine_that_cannot_be_measured(code, said, reason, monkeypatch, tmp_path):
+    done = subprocess.CompletedProcess([], code, stdout="", stderr=said)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(TinyFTError, match=reason):
+        machine.this_machine()
 
 
 class Drawing:

@@ -167,6 +167,7 @@ def _fingerprint() -> str:
     lie: the same versions took 441 MiB from one virtual environment and 452 from another; and of
     whether energy could be measured."""
     from tinyft.guard import EnergyMeter
+    from tinyft.kernels import widened
 
     libraries = [
         next((d.version for d in metadata.distributions(name=name)), None)
@@ -182,6 +183,7 @@ def _fingerprint() -> str:
         sys.prefix,
         threads,
         *libraries,
+        *map(str, widened.missing()),
         *(["energy"] if EnergyMeter.where_readable() else []),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
