@@ -1,6 +1,7 @@
 """Exports in environments of their own, as on a device: runtime, numpy and tokenizers, no torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -82,6 +83,21 @@ def on_device(python, folder, data, kill_at=None):
 
 
 @pytest.fixture(scope="module")
+def exported(base):
+    """The folder of a method's export; of onnxruntime-training's artefacts if that is given."""
+
+    @cache
+    def find(method, training_python):
+        output = base / f"exported-{method}-{bool(training_python)}"
+        more = ["--training-python", training_python] if training_python else []
+        words_ = [*words("export", base, method, output), "--target", "rtx-3060", *more]
+        assert main(words_) == 0
+        return output
+
+    return find
+
+
+@pytest.fixture(scope="module")
 def wanted(base):
     """Losses of torch's steps, by method."""
 
@@ -103,10 +119,11 @@ def wanted(base):
         ("training", "full", True),
     ],
 )
-def test_trains_as_torch_does(runtime, method, artefacts, interpreter, base, wanted, tmp_path):
-    python, output = interpreter(runtime), tmp_path / "out"
-    more = ["--training-python", str(python)] if artefacts else []
-    assert main([*words("export", base, method, output), "--target", "rtx-3060", *more]) == 0
+def test_trains_as_torch_does(
+    runtime, method, artefacts, interpreter, exported, base, wanted, tmp_path
+):
+    python = interpreter(runtime)
+    output = shutil.copytree(exported(method, str(python) if artefacts else None), tmp_path / "out")
     killed = on_device(python, output, base / "data.jsonl", kill_at=2)
     resumed = on_device(python, output, base / "data.jsonl")
     assert 1 not in resumed
