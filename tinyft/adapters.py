@@ -136,20 +136,13 @@ def inject(
     return names
 
 
-def ensure(
-    model: nn.Module,
-    rank: int = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-    targets: str | Sequence[str] = "all-linear",
-    seed: int = 0,
-) -> None:
-    """Adapters to train: those that are there, or new ones as `inject` puts them.
+def ensure(model: nn.Module, *arguments: Any, **named: Any) -> None:
+    """Adapters to train: those that are there, or new ones as `inject` puts them with these.
 
     Those of a packed model come frozen, as all of it does: they are trained on.
     """
     if not adapters(model):
-        inject(model, rank, alpha, dropout, targets, seed)
+        inject(model, *arguments, **named)
     elif not any(p.requires_grad for p in model.parameters()):
         for layer in adapters(model).values():
             layer.lora_A.requires_grad_(True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from tinyft.data import Batches, Encoded, Examples, encode, pad_id, questions
 from tinyft.errors import InputError
 from tinyft.losses import choice_scores, class_logits, macro_f1, row_losses
+from tinyft.modules import evaluating
 from tinyft.references import quiet
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -50,7 +50,7 @@ def evaluate(
     if encoded.kind != "lm":
         return _classification(*_scores(model, tokenizer, encoded, batch_size))
     total, tokens = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch in _batches(model, tokenizer, encoded, batch_size):
             total += row_losses(model, batch).double().sum().item()
             tokens += int((batch.labels[:, 1:] != -100).sum())
@@ -179,7 +179,7 @@ def generate(
     order = sorted(range(len(fitted)), key=lambda i: -len(fitted[i]))
     device = next(model.parameters()).device
     found: dict[int, list[int]] = {}
-    with _evaluating(model), quiet():
+    with evaluating(model), torch.no_grad(), quiet():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = len(fitted[chosen[0]])
@@ -202,7 +202,7 @@ def _scores(
     """Scores (N, C) float32 and right answers (N,) int64 of choices or classes, on the CPU."""
     score = class_logits if encoded.kind == "class" else choice_scores
     scores, answers = [], []
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch in _batches(model, tokenizer, encoded, batch_size):
             scores.append(score(model, batch).cpu())
             answers.append(batch.answers.cpu())
@@ -226,19 +226,6 @@ def _batches(model: nn.Module, tokenizer: Any, encoded: Encoded, batch_size: int
     padding = pad_id(tokenizer)
     for batch in Batches(encoded, batch_size, seed=0, pad_id=padding, shuffle=False):
         yield batch.to(device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _before_end(ids: list[int], ends: Collection[int]) -> list[int]:

@@ -310,10 +310,11 @@ def _look(config: TrainConfig, job: Job, shape: Any) -> _Look:
             times.append(share)
             return found
 
-        rare = 1 / optimizer.period
-        if not take(rare, optimizer.renew) and optimizer.period > 1:  # the first step is another
-            take(rare, optimizer.step)
-        take(1 - sum(times[1:]), optimizer.step)
+        rare, shares = 1 / optimizer.period, [1.0]
+        if not take(rare, optimizer.renew) and rare < 1:  # the first step is another
+            shares = [rare, 1 - rare]
+        for share in shares:
+            take(share, optimizer.step)
         if job.held_out is None:
             return _Look(peaks, [], works, times, None)
         run.reset()

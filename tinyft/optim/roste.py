@@ -315,7 +315,7 @@ class RoSTEMeZO(_Quantising, MeZO):
 
     Finite differences need no gradient of the rounding. What is perturbed are adapters, scales and
     norms: eps is far below a step of 4 bits, and a perturbed weight would be rounded to itself.
-    The arguments are `RoSTE`'s and `MeZO`'s.
+    `options` are the fields of `RoSTEMeZOOptions`, the other arguments `RoSTE`'s and `MeZO`'s.
 
     Example:
         >>> optimizer = tinyft.RoSTEMeZO(model, lr=1e-4)
@@ -332,41 +332,18 @@ class RoSTEMeZO(_Quantising, MeZO):
         model: nn.Module,
         lr: float = 1e-4,
         *,
-        weights: int = 4,
-        activations: int = 8,
-        kv: int = 8,
-        rotations: str = "adaptive",
-        clip: float | None = None,
-        symmetric: bool = False,
-        group: int = 0,
-        ste: str = "identity",
         rank: int = 8,
         alpha: float = 16.0,
         targets: str | Sequence[str] = "all-linear",
-        eps: float = 1e-2,
-        directions: str = "sign-rank1",
-        estimator: str = "two-sided",
-        probes: int = 1,
-        momentum: float = 0.0,
-        exact: bool = False,
         weight_decay: float = 0.0,
         seed: int = 0,
+        **options: Any,
     ) -> None:
-        options = RoSTEOptions(weights, activations, kv, rotations, clip, symmetric, group, ste)
-        self.rotated = Rotated(model, options.recipe(int4_base=True, seed=seed))
+        own = RoSTEMeZOOptions(**options)
+        self.rotated = Rotated(model, own.recipe(int4_base=True, seed=seed))
         _on_packed_base(model, rank, alpha, 0.0, targets, seed)
-        super().__init__(
-            model,
-            lr,
-            eps=eps,
-            directions=directions,
-            estimator=estimator,
-            probes=probes,
-            momentum=momentum,
-            exact=exact,
-            weight_decay=weight_decay,
-            seed=seed,
-        )
+        of_mezo = {f.name: getattr(own, f.name) for f in dataclasses.fields(MeZOOptions)}
+        super().__init__(model, lr, weight_decay=weight_decay, seed=seed, **of_mezo)
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> RoSTEMeZO:
