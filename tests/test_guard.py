@@ -92,6 +92,21 @@ def test_flops_end_within_one_step_of_the_limit():
             assert total + max(taken) > limit
 
 
+def test_a_renewal_is_set_aside_for_steps_that_have_one():
+    def taken(limit, renewal_flops=(200, 0, 0, 150, 0, 0), step_flops=(10, 8, 9, 10, 7, 10)):
+        guard, total = Guard(Budget(flops=limit)), 0
+        for done, (renewal, step) in enumerate(zip(renewal_flops, step_flops, strict=True)):
+            if guard.over(renews=renewal > 0):
+                return done
+            total += renewal + step
+            guard.count(total, renewal)
+        return len(step_flops)
+
+    assert [taken(limit) for limit in (1, 219, 220, 227, 228)] == [1, 1, 2, 2, 3]
+    # The fourth would renew, for which 210 are set aside, and took 160.
+    assert [taken(limit) for limit in (227 + 209, 227 + 210)] == [3, 6]
+
+
 def test_time_sets_aside_what_the_end_takes(clock):
     guard = Guard(Budget(time_s=100.0))
     guard.saving_bytes = 500
@@ -206,6 +221,20 @@ def test_flops_end_a_run_that_is_whole(configured, tmp_path, method):  # noqa: F
     # The cosine has come down, as in the whole run, although it ends sooner.
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.5e-3
     assert loop.run(configured(method, flops=str(limit), resume=True, **fields)).report == found
+
+
+def test_flops_end_green_trainer_within_a_usual_step(configured, tmp_path):  # noqa: F811
+    fields = {"rho": 1.0, "reselect": 3, "steps": 6}
+    whole = tmp_path / "whole"
+    loop.run(configured("green_trainer", output=str(whole), **fields))
+    lines = lines_of(whole)
+    assert [line["step"] for line in lines if line.get("renewal_flops")] == [1, 4]
+    first = lines[0]["flops"] - lines[0]["renewal_flops"]  # the longest batch's step
+    assert 0 < first < lines[0]["renewal_flops"]
+    # In the whole run the second step needs no more than this.
+    limit = lines[0]["flops"] + first
+    report = loop.run(configured("green_trainer", flops=str(limit), **fields)).report
+    assert report["measured"]["steps"] >= 2 and report["measured"]["flops"] <= limit
 
 
 def test_a_limit_below_one_step_takes_one(configured):  # noqa: F811

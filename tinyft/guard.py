@@ -2,7 +2,8 @@
 
 FLOPs are those of training steps, as report.json counts them; evaluations and memory probes are not
 counted. Another step is taken if the largest so far fits into what is left, so that only a step
-dearer than all before it goes beyond the limit. Time and energy are counted from the begin to the
+dearer than all before it goes beyond the limit; what some steps begin with (`Optimizer.renew`) is
+set aside for those alone. Time and energy are counted from the begin to the
 end of every process of the run, and what the end takes (the last evaluation, saving) is set aside.
 What a killed process did after its last checkpoint is not counted.
 """
@@ -42,7 +43,7 @@ class Guard:
         self.budget = budget
         self.evaluation_s, self.saving_bytes = 0.0, 0
         self._bytes_per_s = _WRITING_BYTES_PER_S
-        self._flops = self._largest_flops = 0
+        self._flops = self._largest_flops = self._largest_renewal_flops = 0
         self._began, self._before_s, self._before_j = monotonic(), 0.0, 0.0
         self._energy = EnergyMeter() if budget.energy_j else EnergyMeter.where_readable()
         # (seconds, joules) of the latest steps: the longest of them stands for the next.
@@ -52,7 +53,7 @@ class Guard:
         """Add what earlier processes used: the lines of metrics.jsonl about steps."""
         known = [line for line in lines if line["seconds"] is not None]
         for line in known:
-            self.count(line["flops"])
+            self.count(line["flops"], line.get("renewal_flops", 0))
         if known:
             self._before_s = known[-1].get("elapsed_s", known[-1]["wall_s"])
             self._before_j = known[-1].get("energy_j", 0.0)
@@ -90,9 +91,11 @@ class Guard:
         yield
         self.evaluation_s = max(self.evaluation_s, monotonic() - began)
 
-    def count(self, flops: int) -> None:
-        """FLOPs of all steps so far, after each of them."""
-        self._largest_flops = max(self._largest_flops, flops - self._flops)
+    def count(self, flops: int, renewal_flops: int = 0) -> None:
+        """FLOPs of all steps so far, after each of them, and what of the last one was a renewal."""
+        step_flops = flops - self._flops - renewal_flops
+        self._largest_flops = max(self._largest_flops, step_flops)
+        self._largest_renewal_flops = max(self._largest_renewal_flops, renewal_flops)
         self._flops = flops
 
     def wrote(self, n_bytes: int, seconds: float) -> None:
@@ -100,17 +103,19 @@ class Guard:
         if n_bytes and seconds > 0:
             self._bytes_per_s = n_bytes / seconds
 
-    def over(self, *, evaluation_first: bool = False) -> str | None:
+    def over(self, *, evaluation_first: bool = False, renews: bool = False) -> str | None:
         """The limit that another step would break, by the name of its field in `TrainConfig`.
 
         Args:
             evaluation_first: another one is due before that step.
+            renews: the step begins with a renewal.
         """
         budget, used = self.budget, self.used()
         step_s = max((seconds for seconds, _ in self._recent), default=0.0)
         step_j = max((joules for _, joules in self._recent), default=0.0)
         rest_s = self.finish_s + (self.evaluation_s if evaluation_first else 0.0)
-        if budget.flops is not None and self._flops + self._largest_flops > budget.flops:
+        flops = self._flops + self._largest_flops + renews * self._largest_renewal_flops
+        if budget.flops is not None and flops > budget.flops:
             return "flops"
         if budget.time_s is not None and used["elapsed_s"] + step_s + rest_s > budget.time_s:
             return "time"

@@ -363,22 +363,20 @@ class _Session:
                 self.score_if_due(self.done)
                 with self.guard.step():
                     began = perf_counter()
-                    loss, lr, batch = self.step_in_memory(flops)
+                    taken = self.step_in_memory(flops)
                     seconds = perf_counter() - began
                     wall_s += seconds
                     self.done += 1
-                    self.guard.count(flops_before + flops.flops)
                     line = {
                         "step": self.done,
-                        "loss": loss,
-                        "lr": lr,
-                        "tokens": int(batch.attention_mask.sum()),
+                        **taken,
                         "seconds": seconds,
                         "wall_s": wall_s,
                         "flops": flops_before + flops.flops,
                         "peak_memory_bytes": max(peak_before, self.meter.peak_bytes("train")),
                         **self.guard.used(),
                     }
+                    self.guard.count(line["flops"], line.get("renewal_flops", 0))
                     self.record(line)
                     self.say_what_ran()
                 self.watch_memory()
@@ -435,7 +433,9 @@ class _Session:
         if self.done >= self.total:
             return True
         if stop is None:
-            by = self.guard.over(evaluation_first=self.is_due(self.done))
+            by = self.guard.over(
+                evaluation_first=self.is_due(self.done), renews=self.optimizer.renews
+            )
             if by is None:
                 return False
             if self.done == 0:
@@ -470,8 +470,8 @@ class _Session:
         if self.keeps_state and self.held_out:
             self.guard.saving_bytes += 3 * n_bytes  # with moments, at most
 
-    def step(self, optimizer: Any, flops: Any, step: int) -> tuple[float, float, Any]:
-        """One optimizer step; returns its loss, its learning rate and its batch."""
+    def step(self, optimizer: Any, flops: Any, step: int) -> dict[str, Any]:
+        """One optimizer step; returns what its line says of it."""
         import torch
 
         from tinyft.optim.base import check_finite
@@ -481,9 +481,14 @@ class _Session:
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(step_seed(self.config.seed, step))
+        before, renewal = flops.flops, {}
+        if optimizer.renews:
+            flops.step(("renewal", step), lambda: optimizer.renew(self.loss, batch))
+            renewal = {"renewal_flops": flops.flops - before}
         loss = flops.step(optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch))
         check_finite(loss, step + 1)
-        return float(loss), lr, batch
+        tokens = int(batch.attention_mask.sum())
+        return {"loss": float(loss), "lr": lr, "tokens": tokens, **renewal}
 
     def loss(self, part: Any) -> Any:
         """One loss an example."""
@@ -622,7 +627,7 @@ class _Session:
             if name != "step":
                 setattr(self.optimizer, name, value)
 
-    def step_in_memory(self, flops: Any) -> tuple[float, float, Any]:
+    def step_in_memory(self, flops: Any) -> dict[str, Any]:
         """`step`; under a limit on memory a failed allocation leads to leaner ways."""
         while True:
             for entry in self.memo.get("settings", []):

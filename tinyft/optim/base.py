@@ -192,7 +192,7 @@ class Optimizer(torch.optim.Optimizer):
         return 0
 
     def cost_key(self, batch: ExpandableBatch) -> Hashable:
-        """Before a step on a batch: steps with equal keys cost equal FLOPs."""
+        """Before a step on a batch: steps with equal keys cost equal FLOPs, renewals apart."""
         return tuple(part.signature for part in batch.split(self.n_parts))
 
     @property
@@ -200,9 +200,14 @@ class Optimizer(torch.optim.Optimizer):
         """Steps after which their costs repeat: one that may be dearer, then equal ones."""
         return 1
 
+    @property
+    def renews(self) -> bool:
+        """Whether the coming step begins with what `renew` does."""
+        return False
+
     def renew(self, closure: Callable[..., Tensor], batch: Any) -> bool:
         """Do now what the coming step would otherwise begin with, once a `period`; returns whether
-        there was anything. (A price tells it from the steps so.)"""
+        there was anything. (Its FLOPs are told from the step's so.)"""
         return False
 
     def plots(self) -> dict[str, Callable[[Path], None]]:

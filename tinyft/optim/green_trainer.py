@@ -191,7 +191,7 @@ class GreenTrainer(GradientOptimizer):
 
     def renew(self, closure: Callable[..., Tensor], batch: Any) -> bool:
         """See `Optimizer.renew`: a selection, and the moments of what is new in it."""
-        if not self._is_due():
+        if not self.renews:
             return False
         if not self.history:
             self.cost = None  # of an attempt that failed
@@ -220,7 +220,9 @@ class GreenTrainer(GradientOptimizer):
         self.fixed = True
         return self.history[-1].mask
 
-    def _is_due(self) -> bool:
+    @property
+    def renews(self) -> bool:
+        """See `Optimizer.renews`: whether a selection is due."""
         if self.fixed or self.steps % self.options.reselect:
             return False
         if self.history and self.history[-1].step == self.steps:
@@ -451,10 +453,8 @@ class GreenTrainer(GradientOptimizer):
         return "adapter"
 
     def cost_key(self, batch: Any) -> Any:
-        """Steps between two selections cost the same, and one that selects costs more."""
-        # A selection runs the batch in parts of its own: what it costs is never known before.
-        due = self.steps if self._is_due() else -1
-        return super().cost_key(batch), len(self.history), due
+        """Between two selections steps cost the same."""
+        return super().cost_key(batch), len(self.history)
 
     @property
     def period(self) -> int:
