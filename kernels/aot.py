@@ -77,7 +77,8 @@ def _source(kernel: Any, args: tuple, options: dict) -> tuple[Any, dict]:
     values |= {name: value for name, value in options.items() if name in kernel.arg_names}
     for at, name in enumerate(kernel.arg_names):
         value, parameter = values[name], kernel.params[at]
-        if parameter.is_constexpr or value is None:
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):

@@ -40,25 +40,13 @@ def test_nothing_kept_spills():
 
 
 SINGLE_ROWS = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from tinyft.kernels.aot import TARGETS, _source
-from tinyft.kernels.dispatch import recording
+import torch
+from tinyft.kernels.aot import compile_for
 from tinyft.kernels.gpu.perturbed_linear import dense
 from tinyft.kernels.perturbed_linear import Direction
 
 x, w = (torch.empty(rows, 64, dtype=torch.float16, device="meta") for rows in (2, 32))
-with recording() as launches:
-    dense(x, w, Direction("rademacher", 1, 2, 3), (1e-3, -1e-3), None)
-kernel, args, options = launches[0]
-source, options = _source(kernel, args, options)
-signature, constants = dict(source.signature), dict(source.constants)
-for value, parameter in zip(args, kernel.params):
-    if type(value) is int and value == 1 and not parameter.do_not_specialize:
-        signature[parameter.name], constants[parameter.num,] = "constexpr", 1
-source = ASTSource(kernel, signature, constants, source.attrs)
-triton.compile(source, target=GPUTarget(*TARGETS["sm_80"]), options=options)
+compile_for("sm_80", lambda: dense(x, w, Direction("rademacher", 1, 2, 3), (1e-3, -1e-3), None))
 """
 
 
