@@ -81,13 +81,13 @@ class _LoRALinear(torch.autograd.Function):
         inner = rows @ A.to(x.dtype).t()
         B_t = B.to(x.dtype).t()
         if y is None:
-            y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-            y.view(-1, y.shape[-1]).addmm_(inner, B_t, alpha=scale)
+            y = linear(rows, weight, None if bias is None else bias.to(x.dtype))
+            y.addmm_(inner, B_t, alpha=scale)
         else:
-            y = y.reshape(-1, y.shape[-1]).addmm(inner, B_t, alpha=scale).view(y.shape)
+            y = y.reshape(-1, y.shape[-1]).addmm(inner, B_t, alpha=scale)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, A, B, inner)
-        return y
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

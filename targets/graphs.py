@@ -322,10 +322,8 @@ def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments:
         for name in arguments
     )
     # The exporter would decompose it again, half of its time, which only writing in place needs.
-    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    pure = not any(getattr(op, "_schema", None) and op._schema.is_mutable for op in called)
     again = patch.object(torch.export.ExportedProgram, "run_decompositions", _as_it_is)
-    with again if pure else nullcontext():
+    with again if _make_pure(graph) else nullcontext():
         program = torch.onnx.export(
             _Holding(graph, list(constants.values())),
             tuple(arguments.values()),
@@ -347,6 +345,34 @@ def trace(function: Callable[[Tensors], Tensors], constants: Tensors, arguments:
     ):
         tidy(program.model)
     return program.model
+
+
+def _make_pure(graph: torch.fx.GraphModule) -> bool:
+    """Operators that write into a tensor become those that make the result, where nothing else sees
+    the tensor (what reads it later reads, in a traced graph, what the writing returned); returns
+    whether all did."""
+
+    def schema(node: torch.fx.Node) -> Any:
+        return getattr(node.target, "_schema", None)
+
+    def is_view(node: torch.fx.Node) -> bool:
+        return bool(schema(node)) and any(r.alias_info for r in schema(node).returns)
+
+    at = {node: i for i, node in enumerate(graph.graph.nodes)}
+    pure = True
+    for node in at:
+        if not schema(node) or not schema(node).is_mutable:
+            continue
+        written, name = node.args[0], node.target.overloadpacket.__name__
+        others = [user for user in written.users if user is not node]
+        alone = written.op == "call_function" and not is_view(written)
+        alone = alone and not any(is_view(user) or at[user] > at[node] for user in others)
+        made = getattr(aten, name[:-1], None) if name.endswith("_") else None
+        if alone and made:
+            node.target = getattr(made, node.target._overloadname)
+        pure = pure and alone and bool(made)
+    graph.recompile()
+    return pure
 
 
 def _as_it_is(program: torch.export.ExportedProgram, table: Any) -> torch.export.ExportedProgram:
