@@ -55,6 +55,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Figures are made in every test, and rendered in those that look at them (`pictures`)."""
+    if not request.node.get_closest_marker("pictures"):
+        import blank_picture
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", blank_picture.save)
+
+
 @pytest.fixture
 def tiny_model_dir(tmp_path, tiny_tokenizer):
     """`tiny_model_dir("llama", **config changes)` -> a folder with a random model and tokenizer."""

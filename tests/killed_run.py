@@ -12,8 +12,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import blank_picture
 import matplotlib.backends.backend_agg  # these are imported here so that forked runs need not
-import matplotlib.figure  # noqa: F401
+import matplotlib.figure
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -34,6 +35,7 @@ def child(values: dict[str, Any], at_operation: int | None, after_s: float | Non
     the folder can be in, which no sleep would hit.
     """
     torch.set_num_threads(1)
+    matplotlib.figure.Figure.savefig = blank_picture.save
     output, seen = str(Path(values["output"])), 0
 
     def audit(event: str, args: tuple) -> None:

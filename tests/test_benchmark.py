@@ -85,6 +85,7 @@ def runs(out, **wanted):
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.pictures
 def test_a_grid_from_end_to_end(job, tmp_path, in_process):
     out = tmp_path / "out"
     more = ["--flops", "6e8", "--lr-search", "1", "10", "--methods"]

@@ -294,6 +294,7 @@ def test_styles_tell_methods_apart():
     assert style["peft"].color == style["lora"].color and style["peft"].hollow
 
 
+@pytest.mark.pictures
 def test_a_folder_gets_its_report(tmp_path):
     store = Store(tmp_path)
     for i, row in enumerate(ROWS):

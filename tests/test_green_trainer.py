@@ -449,6 +449,7 @@ def test_state_resumes_to_the_same_bits(stop, trainable):
         assert (a.step, a.share, a.overhead) == (b.step, b.share, b.overhead)
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_a_picture_and_counts_each_kind_of_step(tiny_model_dir, tmp_path):
     rows = [
         {"prompt": f"The film was great {'x' * (i % 5)}. It was", "completion": " great"}

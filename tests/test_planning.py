@@ -177,6 +177,7 @@ def test_plan_is_json(job, capfd):
     tinyft.TrainConfig.build(found["config"])  # as it stands
 
 
+@pytest.mark.pictures
 def test_nothing_fits(job, capfd, tmp_path):
     """Exit code 3, what it lacks, and which given value stands in the way."""
     needs = {}

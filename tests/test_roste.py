@@ -297,6 +297,7 @@ def configured(tiny_model_dir, tmp_path):
         ("roste_mezo", {"lr": 1e-3}),
     ],
 )
+@pytest.mark.pictures
 def test_a_run_is_scored_as_what_is_loaded(configured, tmp_path, method, fields):
     report = run(configured(method, **fields)).report
     out = tmp_path / "out"

@@ -95,6 +95,7 @@ class Notes(Reporter):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.pictures
 def test_a_run_leaves_a_model_a_report_and_a_plot(configured, tmp_path, method):
     config, notes = configured(method, eval_every=2), Notes()
     result = loop.run(config, notes)
