@@ -115,25 +115,18 @@ def product(
     into = into.expand_as(out) if into is not None and beta else None
     for rows in _blocks(len(a), ROWS):
         for columns in _blocks(b.shape[1], COLUMNS):
-            y = None
+            y = None if into is None else _wide(into[rows, columns], beta)
             for shared in _blocks(len(b), SHARED):
-                left, right = a[rows, shared].float(), b[shared, columns].float()
+                left, right = _wide(a[rows, shared], alpha), b[shared, columns].float()
                 y = left @ right if y is None else y.addmm_(left, right)
-            if y is None:  # nothing to sum over
-                y = torch.zeros(out[rows, columns].shape)
-            _round(y, out, (rows, columns), into, beta, alpha)
+            out[rows, columns] = 0 if y is None else y  # nothing to sum over
     return out
 
 
-def _round(
-    y: Tensor, out: Tensor, where: Any, into: Tensor | None, beta: float, alpha: float
-) -> None:
-    """`out[where] = alpha y + beta into[where]`; y is overwritten."""
-    if alpha != 1:
-        y.mul_(alpha)
-    if into is not None:
-        y.add_(into[where], alpha=beta)
-    out[where] = y
+def _wide(x: Tensor, scale: float) -> Tensor:
+    """`scale x` in float32."""
+    x = x.float()
+    return x if scale == 1 else x.mul_(scale)
 
 
 def _blocks(size: int, largest: int) -> Iterator[slice]:
@@ -153,7 +146,11 @@ def batched(
             product(a[i], b[i], out[i], None if into is None else into[i], beta, alpha)
         return out
     for batch in _blocks(len(a), max(1, BATCH_ELEMENTS // max(1, largest))):
-        _round(torch.bmm(a[batch].float(), b[batch].float()), out, batch, into, beta, alpha)
+        left, right = _wide(a[batch], alpha), b[batch].float()
+        if into is None:
+            out[batch] = left @ right
+        else:
+            out[batch] = _wide(into[batch], beta).baddbmm_(left, right)
     return out
 
 
