@@ -10,7 +10,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from tiny_models import CAUSAL
 
-from tinyft import models
+from tinyft import models, prefix
 from tinyft.data import Example, Examples, encode
 from tinyft.errors import InputError
 from tinyft.evaluate import evaluate, generate, generate_and_score, predictions
@@ -173,9 +173,11 @@ def test_generation_is_greedy_whatever_the_model_comes_with(tiny_model_dir):
         for _ in range(8):
             greedy.append(int(loaded.model(torch.tensor([greedy])).logits[0, -1].argmax()))
     assert 2 not in greedy and len(set(greedy)) < len(greedy)  # penalties would change it
-    loaded.model.generation_config.update(repetition_penalty=1e3, no_repeat_ngram_size=1)
+    settings = {"repetition_penalty": 1e3, "no_repeat_ngram_size": 1, "num_beams": 2}
+    loaded.model.generation_config.update(suppress_tokens=greedy[-3:], **settings)
     found = generate(loaded.model, loaded.tokenizer, [ids], max_new_tokens=8)
     assert found == [greedy[len(ids) :]]
+    assert loaded.model.generation_config.num_beams == 2  # as it was
 
 
 def test_prompts_beyond_the_positions_lose_their_beginning(tiny_model_dir):
@@ -185,6 +187,16 @@ def test_prompts_beyond_the_positions_lose_their_beginning(tiny_model_dir):
     assert found[0] == found[1]
     with pytest.raises(InputError, match=r"--max-new-tokens 128 .* 128 positions"):
         generate(loaded.model, loaded.tokenizer, [long], max_new_tokens=128)
+
+
+def test_a_prefix_takes_positions(tiny_model_dir):
+    loaded = models.load(tiny_model_dir("gpt2"))
+    prefix.inject(loaded.model, tokens=5)
+    long = [5 + i % 90 for i in range(300)]
+    found = generate(loaded.model, loaded.tokenizer, [long, long[-115:]], max_new_tokens=8)
+    assert found[0] == found[1]
+    with pytest.raises(InputError, match=r"--max-new-tokens 123 .* 123 positions"):
+        generate(loaded.model, loaded.tokenizer, [long], max_new_tokens=123)
 
 
 def test_exact_match_and_rouge(tiny_model_dir):

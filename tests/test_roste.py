@@ -369,6 +369,10 @@ def test_export_packs_without_training(configured, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", "--model", config.model, "--data", config.data]) == 2
     assert "--target is missing" in capsys.readouterr().err
+    for source in (config.model, str(packed)):
+        more = ["--target", "rtx-3060", "--output", str(tmp_path / "more")]
+        assert main([*command, source, *more]) == 2
+        assert "--target" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

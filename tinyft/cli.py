@@ -320,6 +320,9 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_DEVICES = ("target", "training_python")  # flags that are for graphs that train
+
+
 @contextmanager
 def _extra_of_export() -> Iterator[None]:
     """Around an import: what only an extra installs may be missing."""
@@ -334,7 +337,7 @@ def _model_and_output(arguments: argparse.Namespace, what: str) -> tuple[str, Pa
     from tinyft.config import as_flag
 
     values, _ = _values(arguments)
-    values |= {name: getattr(arguments, name) for name in ("target", "training_python")}
+    values |= {name: getattr(arguments, name) for name in _DEVICES}
     values = {name: value for name, value in values.items() if value is not None}
     wanted = ("model", "output")
     problems = [f"{as_flag(name)} is missing" for name in wanted if name not in values]
@@ -362,6 +365,7 @@ def _export_inference(arguments: argparse.Namespace) -> int:
 
 
 def _export_packed(arguments: argparse.Namespace) -> int:
+    from tinyft.config import as_flag
     from tinyft.library import copy_packed, is_packed, pack
 
     values, _ = _values(arguments)
@@ -370,6 +374,10 @@ def _export_packed(arguments: argparse.Namespace) -> int:
         copy_packed(model, output)
         sizes = {}
     else:
+        ignored = [name for name in _DEVICES if getattr(arguments, name) is not None]
+        if ignored:
+            flags = " and ".join(as_flag(name) for name in ignored)
+            raise InputError(f"{flags}: a packed model is for torch on any machine. Leave it out.")
         config = _train_config(arguments, method="roste")
         model, output, sizes = config.model, config.output, pack(config)
     if arguments.json:

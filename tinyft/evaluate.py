@@ -6,15 +6,16 @@ depends on the batch size.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinyft import prefix
 from tinyft.data import Batches, Encoded, Examples, encode, pad_id, questions
 from tinyft.errors import InputError
 from tinyft.losses import choice_scores, class_logits, macro_f1, row_losses
@@ -152,34 +153,27 @@ def generate(
     different lengths share a batch by padding on the left; what comes out is what each row would
     give alone.
     """
-    config = copy.deepcopy(model.generation_config)
-    own = {tokenizer.eos_token_id}.union(_as_list(config.eos_token_id)) - {None}
+    own = {tokenizer.eos_token_id}.union(_as_list(model.generation_config.eos_token_id)) - {None}
     ends = own.union(ends)
     padding = pad_id(tokenizer)
-    config.update(
-        do_sample=False,
-        num_beams=1,
-        max_length=None,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=padding,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,  # None would be the model's own
-        no_repeat_ngram_size=0,
+    config = type(model.generation_config)(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=padding
     )
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max_new_tokens
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+    positions -= prefix.positions_taken(model)
+    room = positions - max_new_tokens
     if room < 1:
         raise InputError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model has "
-            f"{room + max_new_tokens} positions."
+            f"{positions} positions."
         )
     fitted = [_cut(list(prompt) or [min(own, default=0)], room, tokenizer) for prompt in prompts]
     order = sorted(range(len(fitted)), key=lambda i: -len(fitted[i]))
     device = next(model.parameters()).device
     found: dict[int, list[int]] = {}
-    with evaluating(model), torch.no_grad(), quiet():
+    # Whatever settings leave open transformers takes from the model's: penalties, tokens to forbid.
+    settings = patch.object(model, "generation_config", config)
+    with evaluating(model), torch.no_grad(), quiet(), settings:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = len(fitted[chosen[0]])
@@ -188,9 +182,7 @@ def generate(
             for row, i in enumerate(chosen):
                 ids[row, width - len(fitted[i]) :] = torch.tensor(fitted[i])
                 mask[row, width - len(fitted[i]) :] = 1
-            out = model.generate(
-                ids.to(device), attention_mask=mask.to(device), generation_config=config
-            )
+            out = model.generate(ids.to(device), attention_mask=mask.to(device))
             for i, new in zip(chosen, out[:, width:].tolist(), strict=True):
                 found[i] = _before_end(new, ends)
     return [found[i] for i in range(len(prompts))]

@@ -220,13 +220,12 @@ def n_positions(model: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding)
         and re.search(r"(^|\.)(wpe|embed_positions|positions?_\w+)$", name)
     ]
-    taken = model.prefix.weight.shape[0] if prefix.is_attached(model) else 0
     # OPT's and BioGPT's tables begin with rows for nobody, RoBERTa's with those up to padding's.
     return min(
         (
             table.num_embeddings
             - (getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1)
-            - taken
+            - prefix.positions_taken(model)
             for table in tables
         ),
         default=None,

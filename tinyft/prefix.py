@@ -74,6 +74,11 @@ def is_attached(model: nn.Module) -> bool:
     return isinstance(getattr(model, "prefix", None), Prefix)
 
 
+def positions_taken(model: nn.Module) -> int:
+    """By the model's prefix; 0 without one."""
+    return len(model.prefix.weight) if is_attached(model) else 0
+
+
 def _attach(model: nn.Module, prefix: Prefix) -> None:
     if is_attached(model):  # as the base of one that was trained on
         model.prefix.hook.remove()
