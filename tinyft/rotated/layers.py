@@ -186,10 +186,11 @@ class _PackedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, total = ctx.weight, None
+        wide = torch.promote_types(grad.dtype, torch.float32)  # or each block's sum were rounded
         for rows in _row_blocks(weight):
             part = grad[..., rows] @ weight.dequantize(grad.dtype, rows)
-            total = part if total is None else total.add_(part)
-        return total, None, None
+            total = part if total is None else total.to(wide).add_(part)
+        return total.to(grad.dtype), None, None
 
 
 def _row_blocks(weight: PackedWeight) -> list[slice]:
