@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from tinyft.kernels.dispatch import choose
 from tinyft.kernels.hadamard import hadamard_matrix, kron_product, paley_matrix, split_size
+from tinyft.kernels.lora_linear import with_lead
 from tinyft.kernels.quantize import round_rows_
 
 # A program of the Triton kernel holds a row, m padded to a power of two, and H_m in registers. What
@@ -115,7 +116,7 @@ class _HadamardQuant(torch.autograd.Function):
         rotated = rotate_ref(wide).view(-1, x.shape[-1])
         out = torch.empty(rotated.shape, dtype=x.dtype, device=x.device)
         round_rows_(rotated, out, bits, clip, False)
-        return out.view(x.shape)
+        return with_lead(out, x)
 
     @staticmethod
     @once_differentiable

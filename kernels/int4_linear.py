@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from tinyft.kernels.dispatch import choose
+from tinyft.kernels.lora_linear import with_lead
 
 GROUPS = (32, 64, 128)
 SCRATCH_ELEMENTS = 1 << 20  # of the weight, dequantised at a time
@@ -146,7 +147,7 @@ def _forward(
         y = run(rows, weight, bias)
     else:
         y = _product(in_8_bits(rows) if activation_bits == 8 else rows, weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return with_lead(y, x)
 
 
 class _Int4Linear(torch.autograd.Function):

@@ -65,6 +65,12 @@ def apply_fused(
         return function.apply(x.to(dtype), None if weight is None else weight.to(dtype), *rest)
 
 
+def with_lead(y: Tensor, x: Tensor) -> Tensor:
+    """y (N, n) with the leading dimensions of x, for an autograd function's `forward` to return: as
+    no view, for autograd lets nobody write into a view that was made in there, and models do."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,7 +93,7 @@ class _LoRALinear(torch.autograd.Function):
             y = y.reshape(-1, y.shape[-1]).addmm(inner, B_t, alpha=scale)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, A, B, inner)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return with_lead(y, x)
 
     @staticmethod
     @once_differentiable

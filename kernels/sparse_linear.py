@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, relu, silu
 
 from tinyft.kernels.dispatch import choose
+from tinyft.kernels.lora_linear import with_lead
 from tinyft.kernels.packed import Weight, rows_of, tensors_of
 
 aten = torch.ops.aten
@@ -193,7 +194,7 @@ class _SparseGateUp(torch.autograd.Function):
             h = ACTIVATIONS[activation][0](a).mul_(b)
             weights = [_kept(weight, x, ctx.needs_input_grad[0]) for weight in weights]
         ctx.save_for_backward(a, b, *weights)
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return with_lead(h, x)
 
     @staticmethod
     @once_differentiable
@@ -223,7 +224,7 @@ def _in_triton(
 
     run = gpu.transposed_product if transposed else gpu.product
     y = run(x.reshape(-1, x.shape[-1]).contiguous(), weight, blocks, block_size)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return with_lead(y, x)
 
 
 def _kept(rows: Tensor, x: Tensor, wanted: bool) -> Tensor | None:

@@ -105,6 +105,18 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: int4_linear(x, weight, impl="torch"), x)
 
 
+def test_a_model_may_write_into_the_result():
+    """As those do that add a residual in place."""
+    weight = pack_int4(random(5, 70, seed=1), 32)
+    x = random(2, 3, 70, seed=2).requires_grad_()
+    pull = random(2, 3, 5, seed=3)
+    grads = [
+        torch.autograd.grad(y, x, pull)[0]
+        for y in (int4_linear(x, weight).mul_(pull), int4_linear_ref(x, weight) * pull)
+    ]
+    torch.testing.assert_close(*grads)
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="activation_bits is 16 or 8; found 4"):
         int4_linear(torch.ones(1, 32), pack_int4(torch.ones(2, 32), 32), activation_bits=4)

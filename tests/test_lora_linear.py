@@ -42,6 +42,24 @@ def test_gradcheck(ours):
     assert torch.autograd.gradcheck(lambda *t: ours(t[0], w, *t[1:], 0.7, bias=bias), (x, a, b))
 
 
+@pytest.mark.parametrize("lead", [(6,), (2, 3)])
+@pytest.mark.parametrize("ours", [lora_linear, on_another_layer])
+def test_a_model_may_write_into_the_result(ours, lead):
+    """As those do that add a residual in place."""
+    *tensors, bias = make(lead, 4, 5, 2)
+    x, w, a, b = tensors
+
+    def run(function, *, in_place):
+        y = function(x, w, a, b, 0.7, bias=bias)
+        y = y.mul_(y.detach().sin()) if in_place else y * y.detach().sin()
+        return torch.autograd.grad(y.sum(), (x, a, b))
+
+    for got, true in zip(
+        run(ours, in_place=True), run(lora_linear_ref, in_place=False), strict=True
+    ):
+        torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
+
+
 def test_inputs_that_need_no_gradient_get_none():
     x, w, a, b, _ = make((3,), 4, 5, 2)
     lora_linear(x.detach(), w, a, b.detach(), 1.0).sum().backward()
