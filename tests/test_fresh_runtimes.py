@@ -55,7 +55,7 @@ def interpreter(tmp_path_factory):
 def base(tmp_path_factory, tiny_tokenizer):
     """A folder with a model and data."""
     folder = tmp_path_factory.mktemp("base")
-    save_tiny_model(folder / "model", "llama", tiny_tokenizer)
+    save_tiny_model(folder / "model", "llama", tiny_tokenizer, num_hidden_layers=1)
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
 
