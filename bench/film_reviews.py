@@ -29,7 +29,7 @@ PLANS: dict[str, dict] = {
             "full": ["--method", "full", "--steps", "100", "--lr", "1e-4", "--warmup", "5"],
             "mezo": ["--method", "mezo", "--steps", "500", "--lr", "3e-5"],
             "mezo-lora": [
-                *("--method", "mezo", "--trainable", "lora", "--steps", "600", "--lr", "5e-3"),
+                *("--method", "mezo", "--trainable", "lora", "--steps", "600", "--lr", "5e-4"),
                 *("--eps", "1e-2"),
             ],
         },
