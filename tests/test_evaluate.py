@@ -243,8 +243,8 @@ def test_what_ends_a_turn_ends_an_answer(tiny_model_dir, monkeypatch, mark):
     loaded.model.generation_config.eos_token_id = tokenizer.eos_token_id
     stops = []
 
-    def as_taught(ids, attention_mask, generation_config):
-        stops.append(generation_config.eos_token_id)
+    def as_taught(ids, attention_mask):
+        stops.append(loaded.model.generation_config.eos_token_id)
         written = tokenizer(f"yes, no{mark}\n<|im_start|>user\n")["input_ids"]
         return torch.cat([ids, torch.tensor([written] * len(ids))], 1)
 
