@@ -544,17 +544,29 @@ def test_another_limit_is_fitted_even_after_a_kill(configured, metered, monkeypa
     assert parts[-1] == 2
 
 
-@pytest.mark.parametrize("method", ["lora", "mezo", "green_trainer"])
-def test_a_step_that_ran_out_of_memory_is_taken_again(configured, metered, method):  # noqa: F811
-    """From the second step on no more than 3 rows can be allocated."""
-    fields = {"steps": 3, "batch_size": 8}
-    if method == "green_trainer":
-        fields |= {"rho": 1.0, "reselect": 3}
+@pytest.mark.parametrize(
+    "method, own, n_allowed",
+    [
+        ("lora", {}, 3),
+        ("mezo", {}, 3),
+        ("green_trainer", {"rho": 1.0, "reselect": 3}, 3),
+        ("green_trainer", {"rho": 1.0, "reselect": 2}, 1),  # in the third step's selection
+    ],
+)
+def test_a_step_that_ran_out_of_memory_is_taken_again(
+    configured,  # noqa: F811
+    metered,
+    method,
+    own,
+    n_allowed,
+):
+    """After the second step no more than so many rows can be allocated."""
+    fields = {"steps": 3, "batch_size": 8, **own}
     plain = loop.run(configured(method, output=None, **fields)).report
     said = Slow()
 
     def fails(n_rows):
-        if n_rows > 3 and said.steps > 1:
+        if n_rows > n_allowed and said.steps > 1:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate ...")
 
     said.steps = 0

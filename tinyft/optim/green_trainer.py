@@ -184,7 +184,6 @@ class GreenTrainer(GradientOptimizer):
                 "GreenTrainer decides before the forward pass what is trained: call "
                 "step(lambda: loss_fn(model, batch))."
             )
-        self.clean = True
         self.renew(closure, batch)
         with self._only(self.history[-1].mask):
             return super().step(closure, batch)
@@ -193,6 +192,7 @@ class GreenTrainer(GradientOptimizer):
         """See `Optimizer.renew`: a selection, and the moments of what is new in it."""
         if not self.renews:
             return False
+        self.clean = True
         if not self.history:
             self.cost = None  # of an attempt that failed
         self._reselect(closure, batch)
