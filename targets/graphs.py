@@ -359,18 +359,25 @@ def _make_pure(graph: torch.fx.GraphModule) -> bool:
         return bool(schema(node)) and any(r.alias_info for r in schema(node).returns)
 
     at = {node: i for i, node in enumerate(graph.graph.nodes)}
+
+    def is_alone(written: Any, by: torch.fx.Node) -> bool:
+        """Whether nothing but what reads `by` sees the tensor after it."""
+        if not isinstance(written, torch.fx.Node) or written.op != "call_function":
+            return False
+        others = [user for user in written.users if user is not by]
+        return not is_view(written) and not any(is_view(o) or at[o] > at[by] for o in others)
+
     pure = True
     for node in at:
         if not schema(node) or not schema(node).is_mutable:
             continue
-        written, name = node.args[0], node.target.overloadpacket.__name__
-        others = [user for user in written.users if user is not node]
-        alone = written.op == "call_function" and not is_view(written)
-        alone = alone and not any(is_view(user) or at[user] > at[node] for user in others)
-        made = getattr(aten, name[:-1], None) if name.endswith("_") else None
-        if alone and made:
-            node.target = getattr(made, node.target._overloadname)
-        pure = pure and alone and bool(made)
+        name = node.target.overloadpacket.__name__
+        packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+        made = getattr(packet, node.target._overloadname, None)
+        if made and node.target.namespace == "aten" and is_alone(node.args[0], node):
+            node.target = made
+        else:
+            pure = False
     graph.recompile()
     return pure
 
