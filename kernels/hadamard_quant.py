@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinyft.kernels.dispatch import choose
+from tinyft.kernels.fused import with_lead
 from tinyft.kernels.hadamard import hadamard_matrix, kron_product, paley_matrix, split_size
-from tinyft.kernels.lora_linear import with_lead
 from tinyft.kernels.quantize import round_rows_
 
 # A program of the Triton kernel holds a row, m padded to a power of two, and H_m in registers. What

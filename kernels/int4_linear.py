@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from tinyft.kernels.dispatch import choose
-from tinyft.kernels.lora_linear import with_lead
+from tinyft.kernels.fused import with_lead
 
 GROUPS = (32, 64, 128)
 SCRATCH_ELEMENTS = 1 << 20  # of the weight, dequantised at a time

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from tinyft.kernels.lora_linear import apply_fused
+from tinyft.kernels.fused import apply_fused
 
 
 def split(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, relu, silu
 
 from tinyft.kernels.dispatch import choose
-from tinyft.kernels.lora_linear import with_lead
+from tinyft.kernels.fused import with_lead
 from tinyft.kernels.packed import Weight, rows_of, tensors_of
 
 aten = torch.ops.aten
