@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import tinyft
@@ -109,10 +110,56 @@ def test_a_zeroth_order_step_costs_two_forward_passes(llama):
     assert step.flops - perturbing == pytest.approx(2 * forward.flops, rel=1e-3)
 
 
-def test_the_meter_counts_a_shape_once_and_adds_it_every_time():
-    meter = FlopMeter()
-    w = torch.ones(3, 5)
+class Steps:
+    """Takes steps of a cost that is given, and knows which of them were counted."""
+
+    def __init__(self):
+        self.meter, self.counted, self.spent = FlopMeter(), [], 0
+
+    def take(self, kind, sizes, rows):
+        self.counted.append(self.meter.step(kind, sizes, lambda: self.product(rows)))
+        self.spent += 2 * rows * 3
+
+    @staticmethod
+    def product(rows):
+        torch.ones(rows, 3) @ torch.ones(3)
+        modes = _get_current_dispatch_mode_stack()
+        return any(isinstance(mode, FlopCounter) for mode in modes)
+
+
+def test_the_meter_counts_equal_steps_once():
+    steps = Steps()
     for _ in range(4):
-        meter.step("a", lambda: torch.ones(2, 3) @ w)
-    meter.step("b", lambda: torch.ones(1, 3) @ w)
-    assert meter.flops == 4 * 60 + 30
+        steps.take("a", (7,), 2)
+    steps.take("b", (7,), 1)
+    assert steps.counted == [True, False, False, False, True]
+    assert steps.meter.flops == steps.spent == 4 * 12 + 6
+
+
+def test_the_meter_works_out_what_is_linear_after_two_checks():
+    steps = Steps()
+    for rows, length in [(2, 3), (5, 3), (2, 7), (9, 9), (4, 4)]:
+        steps.take("a", (1, rows, length), 4 + 3 * rows + 5 * length)
+    assert all(steps.counted)  # three to know, two to check
+    for rows, length in [(100, 3), (1, 1), (8, 1000)]:
+        steps.take("a", (1, rows, length), 4 + 3 * rows + 5 * length)
+    assert steps.counted[5:] == [False] * 3
+    steps.take("b", (1, 8, 9), 4)
+    assert steps.counted[-1], "a kind of its own"
+    assert steps.meter.flops == steps.spent
+
+
+def test_the_meter_counts_on_where_costs_are_not_linear():
+    steps = Steps()
+    for rows in (3, 5, 2, 8, 4, 11, 3):
+        steps.take("a", (1, rows), rows**2)
+    assert steps.counted == [True] * 6 + [False]  # the last is as the first
+    assert steps.meter.flops == steps.spent
+
+
+def test_the_meter_finds_out_late_that_costs_are_not_linear():
+    steps = Steps()
+    for rows in range(1, 200):
+        steps.take("a", (1, rows), max(rows, 30))
+    assert steps.counted[:4] == [True] * 4 and not any(steps.counted[4:60])
+    assert all(steps.counted[100:])

@@ -707,7 +707,7 @@ def test_an_lm_batch():
     assert batch.input_ids.tolist() == [[1, 1, 1, 1, 1], [2, 2, 2, 9, 9], [3, 3, 3, 3, 9]]
     assert batch.attention_mask.sum(1).tolist() == [5, 3, 4]
     assert batch.labels.tolist()[1] == [-100, -100, 2, -100, -100]
-    assert (batch.size, batch.signature) == (3, (3, 5, 6, 1))
+    assert (batch.size, batch.sizes) == (3, (1, 3, 5, 15, 75, 6))
     assert batch.tokens_per_example == 2
     assert_types(batch)
 

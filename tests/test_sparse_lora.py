@@ -507,7 +507,7 @@ def test_steps_with_equal_cost_keys_cost_equal_flops():
     batches = [batch_of(seed) for seed in range(6)]
     for batch in batches[::2]:  # of the same shape and with as many labels, but without padding
         batch.attention_mask.fill_(1)
-    assert len({batch.signature for batch in batches}) == 1
+    assert len({batch.sizes for batch in batches}) == 1
     model = tiny_model("llama", intermediate_size=512)
     check_head(model)
     optimizer = tinyft.SparseLoRA(model, flops_share=0.9, start_step=3, break_even=False)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import tinyft
 from tinyft import train as loop
 from tinyft.checkpoint import RunState
 from tinyft.config import TrainConfig
+from tinyft.cost import FlopCounter, FlopMeter
 from tinyft.data import Batches, encode, pad_id, read_examples
 from tinyft.errors import BudgetError, InputError
 from tinyft.evaluate import evaluate
 from tinyft.models import load
+from tinyft.optim import METHODS as EVERY_METHOD
 from tinyft.plots import smooth
 from tinyft.progress import Reporter
 from tinyft.schedule import SavingClock, learning_rate, step_seed
@@ -609,3 +613,37 @@ def test_a_prefix_is_trained_on_and_nothing_beside_it(configured, tmp_path):
     report = loop.run(configured("mezo", trainable="prefix", steps=1, **again))
     weight = load(tmp_path / "again").model.prefix.weight
     assert torch.equal(weight, report.model.prefix.weight)
+
+
+@pytest.mark.parametrize("fields", [{}, {"grad_accumulation": 3}], ids=["whole", "parts"])
+@pytest.mark.parametrize("method", sorted(EVERY_METHOD))
+def test_flops_are_those_of_what_ran(configured, tmp_path, monkeypatch, method, fields):
+    """Whether the loop counts a step or works it out, for rows of all lengths."""
+    if fields and not EVERY_METHOD[method].uses_gradients:
+        fields = {"batch_size": 3}
+    worked_out, really = [], 0
+
+    class Checked(FlopMeter):
+        def step(self, kind, sizes, function):
+            nonlocal really
+            with FlopCounter() as all_of_it:
+                result = super().step(kind, sizes, lambda: (noting(), function())[1])
+            really += all_of_it.flops
+            return result
+
+    def noting():
+        active = _get_current_dispatch_mode_stack()
+        worked_out.append(sum(isinstance(mode, FlopCounter) for mode in active) == 1)
+
+    monkeypatch.setattr("tinyft.cost.FlopMeter", Checked)
+    draw = random.Random(0)
+    texts = [
+        {"prompt": "film " * draw.randint(1, 30), "completion": " great" * draw.randint(1, 9)}
+        for _ in range(160)
+    ]
+    data = write(tmp_path / "texts.jsonl", texts)
+    options = {"flops_share": 0.9, "start_step": 4} if method == "sparse_lora" else {}
+    config = configured(method, data=data, eval_data=None, steps=40, **options, **fields)
+    measured = loop.run(config, Notes()).report["measured"]
+    assert measured["flops"] == really > 0
+    assert sum(worked_out) > 15

@@ -7,7 +7,7 @@ first batch of a run is its largest, so that what does not fit fails at once and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
@@ -57,10 +57,13 @@ class Batch:
         return len(self.input_ids if self.answers is None else self.answers) // self.copies
 
     @property
-    def signature(self) -> Hashable:
-        """(R, T, labelled tokens, copies): batches with the same one cost the same."""
-        labelled = 0 if self.labels is None else int((self.labels != NO_LOSS).sum())
-        return (*self.input_ids.shape, labelled, self.copies)
+    def sizes(self) -> tuple[int, ...]:
+        """(1, R, T, R T, R T^2, labelled tokens): the FLOPs of passes over a batch are linear in
+        these. (A product goes over tokens, attention over pairs of them in a row, a head over what
+        is labelled or over rows, and a table of positions is made once.)"""
+        (rows, length), labels = self.input_ids.shape, self.labels
+        labelled = 0 if labels is None else int((labels != NO_LOSS).sum())
+        return 1, rows, length, rows * length, rows * length**2, labelled
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable
+from fractions import Fraction
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -157,23 +158,90 @@ class FlopCounter(DispatchMode):
 
 
 class FlopMeter:
-    """Counts each kind of step once and adds it up after that: counting slows a step down.
+    """Counts some steps of each kind and works out the others: to count slows a step by a tenth.
+
+    Steps of a kind cost what is linear in the sizes of their batches, so what one costs follows
+    from those that were counted, exactly. The first that follow are counted all the same, and now
+    and then another: should one disagree, every step of its kind is counted from then on.
 
     Attributes:
         flops: of all steps so far.
+
+    Example:
+        >>> import torch
+        >>> meter, weight = FlopMeter(), torch.ones(3, 5)
+        >>> for rows in (1, 2, 7, 4):
+        ...     _ = meter.step("a product", (rows,), lambda: torch.ones(rows, 3) @ weight)
+        >>> meter.flops
+        420
     """
 
     def __init__(self) -> None:
         self.flops = 0
-        self._known: dict[Hashable, int] = {}
+        self._kinds: dict[Hashable, _LinearCost] = {}
 
-    def step(self, signature: Hashable, function: Callable[[], T]) -> T:
-        """Run one step; steps with equal signatures (shapes) cost the same."""
-        if signature in self._known:
-            result = function()
-        else:
+    def step(self, kind: Hashable, sizes: tuple[int, ...], function: Callable[[], T]) -> T:
+        """Run one step.
+
+        Args:
+            kind: of the step.
+            sizes: what its cost is linear in, with equally many numbers for each step of the kind.
+            function: takes the step.
+        """
+        cost = self._kinds.setdefault(kind, _LinearCost())
+        found = cost.at(sizes)
+        if found is None:
             with FlopCounter() as counter:
                 result = function()
-            self._known[signature] = counter.flops
-        self.flops += self._known[signature]
+            found = counter.flops
+            cost.learn(sizes, found)
+        else:
+            result = function()
+        self.flops += found
         return result
+
+
+_CHECKS, _CHECK_EVERY = 2, 64
+
+
+class _LinearCost:
+    """A linear function of whole numbers, known from some of its values."""
+
+    def __init__(self) -> None:
+        self._counted: dict[tuple[int, ...], int] = {}
+        # Gaussian elimination: of each row, where it begins, its sizes from 1 there on, its cost.
+        self._rows: list[tuple[int, list[Fraction], Fraction]] = []
+        self._checks = self._asked = 0
+        self._is_linear = True
+
+    def at(self, sizes: tuple[int, ...]) -> int | None:
+        """The value there; None where it has to be counted, be it as a check."""
+        if sizes in self._counted:
+            return self._counted[sizes]
+        rest, cost = self._reduced(sizes)
+        if any(rest) or not self._is_linear or self._checks < _CHECKS:
+            return None
+        self._asked += 1
+        return None if self._asked % _CHECK_EVERY == 0 else int(cost)
+
+    def learn(self, sizes: tuple[int, ...], flops: int) -> None:
+        """Take in a counted value."""
+        rest, cost = self._reduced(sizes)
+        self._counted[sizes] = flops
+        if any(rest):
+            first = next(i for i, x in enumerate(rest) if x)
+            scale = rest[first]
+            self._rows.append((first, [x / scale for x in rest], (flops - cost) / scale))
+            self._checks = 0  # what was checked before had fewer dimensions
+        else:
+            self._is_linear &= cost == flops
+            self._checks += 1
+
+    def _reduced(self, sizes: tuple[int, ...]) -> tuple[list[Fraction], Fraction]:
+        """What of `sizes` the rows do not make up, and the cost of what they do."""
+        rest, cost = [Fraction(x) for x in sizes], Fraction(0)
+        for first, row, row_cost in self._rows:
+            if times := rest[first]:
+                rest = [x - times * y for x, y in zip(rest, row, strict=True)]
+                cost += times * row_cost
+        return rest, cost

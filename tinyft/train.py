@@ -483,9 +483,9 @@ class _Session:
         torch.manual_seed(step_seed(self.config.seed, step))
         before, renewal = flops.flops, {}
         if optimizer.renews:
-            flops.step(("renewal", step), lambda: optimizer.renew(self.loss, batch))
+            flops.step(("renewal", step), (1,), lambda: optimizer.renew(self.loss, batch))
             renewal = {"renewal_flops": flops.flops - before}
-        loss = flops.step(optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch))
+        loss = flops.step(*optimizer.cost_key(batch), lambda: optimizer.step(self.loss, batch))
         check_finite(loss, step + 1)
         tokens = int(batch.attention_mask.sum())
         return {"loss": float(loss), "lr": lr, "tokens": tokens, **renewal}

@@ -107,12 +107,12 @@ def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
     model.train()
     for step in range(config.steps):
         batch = batches[step]
-        shapes[batch.signature] += 1
-        if batch.signature not in costs:
+        shapes[batch.sizes] += 1
+        if batch.sizes not in costs:
             with FlopCounter() as counter:
                 loss_of(trained, as_dict(batch.to(device))).backward()
             trained.zero_grad()
-            costs[batch.signature] = counter.flops
+            costs[batch.sizes] = counter.flops
     packages = {name: metadata.version(name) for name in _NEEDS[label]}
     return {
         "method": label,

@@ -34,7 +34,7 @@ class ExpandableBatch(Protocol):
     def size(self) -> int: ...
 
     @property
-    def signature(self) -> Hashable: ...
+    def sizes(self) -> tuple[int, ...]: ...
 
     def repeat(self, copies: int) -> ExpandableBatch: ...
 
@@ -191,9 +191,11 @@ class Optimizer(torch.optim.Optimizer):
         """
         return 0
 
-    def cost_key(self, batch: ExpandableBatch) -> Hashable:
-        """Before a step on a batch: steps with equal keys cost equal FLOPs, renewals apart."""
-        return tuple(part.signature for part in batch.split(self.n_parts))
+    def cost_key(self, batch: ExpandableBatch) -> tuple[Hashable, tuple[int, ...]]:
+        """Before a step on a batch: its kind and sizes. Steps of a kind cost FLOPs, renewals apart,
+        that are linear in the sizes."""
+        parts = [part.sizes for part in batch.split(self.n_parts)]
+        return None, (1, *map(sum, zip(*parts, strict=True)))
 
     @property
     def period(self) -> int:

@@ -223,8 +223,8 @@ class GradientOptimizer(Optimizer):
     def n_parts(self) -> int:
         return self.grad_accumulation
 
-    def cost_key(self, batch: Any) -> Hashable:
-        return super().cost_key(batch), self.checkpointing
+    def cost_key(self, batch: Any) -> tuple[Hashable, tuple[int, ...]]:
+        return self.checkpointing, super().cost_key(batch)[1]
 
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Smaller parts, and then smaller parts with blocks recomputed."""

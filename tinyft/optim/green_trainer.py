@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -452,9 +452,10 @@ class GreenTrainer(GradientOptimizer):
             tokenizer.save_pretrained(directory)
         return "adapter"
 
-    def cost_key(self, batch: Any) -> Any:
-        """Between two selections steps cost the same."""
-        return super().cost_key(batch), len(self.history)
+    def cost_key(self, batch: Any) -> tuple[Hashable, tuple[int, ...]]:
+        """Between two selections steps are of one kind."""
+        kind, sizes = super().cost_key(batch)
+        return (kind, len(self.history)), sizes
 
     @property
     def period(self) -> int:

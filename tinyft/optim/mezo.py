@@ -310,10 +310,10 @@ class MeZO(Optimizer):
         # z, its product with eps, and the sum that replaces the weight.
         return 3 * max(p.numel() * p.element_size() for p in self.parameters)
 
-    def cost_key(self, batch: Any) -> Hashable:
-        """With the directions of the update, of which momentum has more with every step."""
+    def cost_key(self, batch: Any) -> tuple[Hashable, tuple[int, ...]]:
+        """By the directions of the update, of which momentum has more with every step."""
         directions = min(len(self._recent) + 1, self._recent.maxlen or 1)
-        return super().cost_key(batch), directions
+        return directions, super().cost_key(batch)[1]
 
     # The published procedure. `p + scale * z * eps` and `p - lr * (pg * z + wd * p)`, in that order
     # of operations, z per parameter from one `torch.manual_seed` stream.

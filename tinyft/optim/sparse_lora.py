@@ -24,8 +24,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -240,17 +240,17 @@ class SparseLoRA(LoRA):
         finally:
             self.grad_accumulation = parts
 
-    def cost_key(self, batch: Any) -> Any:
+    def cost_key(self, batch: Any) -> tuple[Hashable, tuple[int, ...]]:
         phase = self._phase()
         if phase == "calibrating":  # which goes by what it finds
-            return phase, self.steps
-        if phase == "dense":
-            with self._as_dense(batch):
-                return phase, super().cost_key(batch)
-        parts = batch.split(self.n_parts)
-        tokens = [Tokens.of_batch(part, self.options.sparse_tokens) for part in parts]
-        counts = tuple((len(t.sparse), len(t.sample[0])) for t in tokens)
-        return phase, super().cost_key(batch), counts
+            return (phase, self.steps), (1,)
+        with self._as_dense(batch) if phase == "dense" else nullcontext():
+            kind, sizes = super().cost_key(batch)
+        if phase == "sparse":
+            parts = batch.split(self.n_parts)
+            tokens = [Tokens.of_batch(part, self.options.sparse_tokens) for part in parts]
+            sizes += sum(len(t.sparse) for t in tokens), sum(len(t.sample[0]) for t in tokens)
+        return (phase, kind), sizes
 
     def _phase(self) -> str:
         """What the next step is: "dense", "calibrating" (dense, too) or "sparse"."""
