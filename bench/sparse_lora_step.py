@@ -66,6 +66,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - began)
     print(
         f"{arguments.model}, {arguments.layers or 'all'} layers, {arguments.dtype}, "
+        f"base of {arguments.base_bits} bits, "
         f"{arguments.batch} x {arguments.length} tokens, "
         f"{arguments.labelled:.0%} labelled, {torch.get_num_threads()} threads, medians of "
         f"{arguments.rounds}\n\n"
@@ -87,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="wide")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--base-bits", type=int, default=16, help="not of `wide`")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--labelled", type=float, default=0.25)
@@ -115,7 +117,8 @@ def load(arguments: argparse.Namespace) -> nn.Module:
 
 def whole(arguments: argparse.Namespace) -> nn.Module:
     if arguments.model != "wide":
-        return tinyft.load(arguments.model, dtype=arguments.dtype).model
+        options = {"dtype": arguments.dtype, "base_bits": arguments.base_bits}
+        return tinyft.load(arguments.model, **options).model
     import transformers
 
     config = transformers.LlamaConfig(

@@ -1,11 +1,13 @@
 """16-bit products on this CPU: torch's own, ours in float32 blocks, and float32 as it comes.
 
-    python bench/widened.py [--threads 1] [--rounds 7]
+    python bench/widened.py [--threads 1] [--rounds 7] [--attention]
 
 The shapes are SmolLM2-135M's at a few tokens: a layer's forward product, its gradients to the input
-and to the weight, the vocabulary's, a batched product, and attention's backward pass. One process,
-the three in turn, medians. Where a CPU multiplies 16-bit numbers itself nothing would be installed;
-the bench installs it regardless and says so. Writes `results/widened.csv`.
+and to the weight, the vocabulary's, a batched product, and attention's backward pass; with
+`--attention` that alone, in rows of 16 to 512 tokens, 512 in all, and with other models' heads. One
+process, the three in turn, medians. Where a CPU multiplies 16-bit numbers itself nothing would be
+installed; the bench installs it regardless and says so. Writes `results/widened.csv`, or
+`results/widened_attention.csv`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from tinyft.kernels import widened
 
-RESULTS = Path(__file__).parent / "results" / "widened.csv"
+RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
 Case = tuple[str, float, Callable[[torch.dtype], Callable[[], object]]]
 
@@ -52,17 +54,23 @@ def bmm(dtype: torch.dtype) -> Callable[[], object]:
     return lambda: a @ a.mT
 
 
-def attention(dtype: torch.dtype) -> Callable[[], object]:
-    q, k, v = (torch.randn(8, 9, 128, 64).to(dtype).requires_grad_() for _ in range(3))
-    y = scaled_dot_product_attention(q, k, v, is_causal=True)
-    grad: Tensor = torch.randn_like(y)
-    return lambda: torch.autograd.grad(y, (q, k, v), grad, retain_graph=True)
+def attention(rows: int, heads: int, length: int, channels: int) -> Case:
+    def at(dtype: torch.dtype) -> Callable[[], object]:
+        shape = rows, heads, length, channels
+        q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        grad: Tensor = torch.randn_like(y)
+        return lambda: torch.autograd.grad(y, (q, k, v), grad, retain_graph=True)
+
+    name = f"attention backward {rows} x {heads} x {length} x {channels}"
+    return name, 10.0 * rows * heads * length**2 * channels, at
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--attention", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cases: list[Case] = [
@@ -71,8 +79,12 @@ def main() -> None:
         *layer(1, 576, 1536)[:1],
         *layer(256, 576, 49152),
         ("bmm 72 x 128 x 64 x 128", 2.0 * 72 * 128 * 64 * 128, bmm),
-        ("attention backward 8 x 9 x 128 x 64", 10.0 * 8 * 9 * 128 * 128 * 64, attention),
+        attention(8, 9, 128, 64),
     ]
+    if arguments.attention:
+        heads = ((9, 64), (12, 32), (8, 128))  # SmolLM2's, MiniLM's, and of many larger models
+        lengths = (16, 32, 64, 128, 256, 512)
+        cases = [attention(512 // n, h, n, size) for h, size in heads for n in lengths]
     names = ", ".join(str(d)[6:] for d in widened.missing()) or "nothing: it has them"
     print(f"{arguments.threads} threads; this CPU lacks products of {names}")
     print("| product | torch's bfloat16 | widened | float32 | widened over torch's |")
@@ -101,7 +113,7 @@ def main() -> None:
             f"| {rates['widened'] / rates['torch']:.1f}x |",
             flush=True,
         )
-    keep(lines, RESULTS)
+    keep(lines, RESULTS / f"widened{'_attention' if arguments.attention else ''}.csv")
 
 
 if __name__ == "__main__":

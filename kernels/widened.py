@@ -6,6 +6,10 @@ first AVX-512, by an emulation that reaches 18 where float32 reaches 80. Here bo
 widened in blocks, multiplied in float32 and rounded once: as fast as float32, no less exact, and
 the weights stay at two bytes. `install` puts this into torch's own operators, so that every product
 of the process takes it: a model's, an adapter's, those of a backward pass.
+
+Attention's backward pass is a case of its own. Its products torch leaves to MKL, whose bfloat16 is
+quick on Intel's processors alone: on an AMD one that has the instructions it takes two to eight
+times as long as float32 where rows are short, and as long where they are not.
 """
 
 from __future__ import annotations
@@ -28,11 +32,12 @@ ROWS, COLUMNS, SHARED = 512, 1024, 1024
 # read two bytes an element.
 FEW_ROWS = 2
 BATCH_ELEMENTS = 1 << 20  # of a batched product's largest operand, at a time
+HEAD_ELEMENTS = 1 << 13  # of a head whose row counts as short: 128 tokens of 64 channels
 
 Dtypes = tuple[torch.dtype, ...]
 _HALVES = (torch.bfloat16, torch.float16)
 _library: torch.library.Library | None = None
-_widened: Dtypes = ()
+_widened: tuple[Dtypes, Dtypes] = (), ()  # of products, and of short rows' attention
 
 
 def missing() -> Dtypes:
@@ -59,7 +64,17 @@ def _emulates_bfloat16() -> bool:
     return all(has) and has[0]() and not has[1]()
 
 
-def install(dtypes: Dtypes | None = None) -> bool:
+def slow_in_attention() -> Dtypes:
+    """The 16-bit dtypes of which this CPU has products, but MKL, which attention's backward pass
+    goes through, has no quick ones; measured on an EPYC with AVX-512 BF16 (`bench/widened.py`)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions lack
+    is_intel = "Intel" in capabilities.get("cpu_name", "Intel")
+    if is_intel or not torch.backends.mkl.is_available() or torch.bfloat16 in missing():
+        return ()
+    return (torch.bfloat16,)
+
+
+def install(dtypes: Dtypes | None = None, in_attention: Dtypes | None = None) -> bool:
     """From now on, products of these dtypes on the CPU are widened; returns whether any are.
 
     Replaces torch's CPU kernels of `mm`, `addmm`, `bmm`, `baddbmm` and of attention's backward
@@ -68,28 +83,47 @@ def install(dtypes: Dtypes | None = None) -> bool:
 
     Args:
         dtypes: default: those `missing` on this CPU.
+        in_attention: of which only attention's backward pass is, where rows are short; default:
+            those `slow_in_attention`.
     """
     global _library, _widened
-    asked = missing() if dtypes is None else dtypes
-    dtypes = tuple(dtype for dtype in _HALVES if dtype in (*asked, *_widened))
-    if dtypes != _widened and hasattr(torch.library, "get_kernel"):
+    asked = (
+        missing() if dtypes is None else dtypes,
+        slow_in_attention() if in_attention is None else in_attention,
+    )
+    products, short = (
+        tuple(dtype for dtype in _HALVES if dtype in (*new, *old))
+        for new, old in zip(asked, _widened, strict=True)
+    )
+    if (products, short) != _widened and hasattr(torch.library, "get_kernel"):
         remove()
         library = torch.library.Library("aten", "IMPL")
+
+        def replace(name: str, make: Callable[..., Any], *its: Any) -> None:
+            kernel = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
+            library.impl(name, make(kernel, *its), "CPU", with_keyset=True)
+
         with warnings.catch_warnings():  # that kernels are replaced is the purpose
             warnings.simplefilter("ignore")
-            for name, make in _OPERATORS.items():
-                kernel = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
-                library.impl(name, make(name, kernel, dtypes), "CPU", with_keyset=True)
-        _library, _widened = library, dtypes
-        names = " and ".join(str(dtype)[6:] for dtype in dtypes)
-        ran["products"] = f"float32, a block at a time (this CPU has none of {names})"
+            for name in _PRODUCTS if products else ():
+                replace(name, _products, name, products)
+            replace(_ATTENTION, _attention_backward, products, short)
+        _library, _widened = library, (products, short)
+        for what, these, why in (
+            ("products", products, "a block at a time (this CPU has none of {})"),
+            ("attention's backward pass", short, "where rows are short ({} is slower here)"),
+        ):
+            if these:
+                names = " and ".join(str(dtype)[6:] for dtype in these)
+                ran[what] = f"float32, {why.format(names)}"
     return _library is not None
 
 
 def install_for(model: nn.Module) -> None:
-    """`install`, for those missing dtypes that the model has parameters of on the CPU."""
+    """`install`, for those dtypes that the model has parameters of on the CPU."""
     used = {p.dtype for p in model.parameters() if p.device.type == "cpu"}
-    install(tuple(dtype for dtype in missing() if dtype in used))
+    found = (missing(), slow_in_attention()) if used & set(_HALVES) else ((), ())
+    install(*(tuple(dtype for dtype in dtypes if dtype in used) for dtypes in found))
 
 
 def remove() -> None:
@@ -97,8 +131,9 @@ def remove() -> None:
     global _library, _widened
     if _library is not None:
         _library._destroy()
-        _library, _widened = None, ()
-        del ran["products"]
+        _library, _widened = None, ((), ())
+        for what in ("products", "attention's backward pass"):
+            ran.pop(what, None)
 
 
 def product(
@@ -158,7 +193,7 @@ def batched(
 # not take, wrong arguments among them.
 
 
-def _products(name: str, kernel: Callable[..., Any], dtypes: Dtypes) -> Callable[..., Tensor]:
+def _products(kernel: Callable[..., Any], name: str, dtypes: Dtypes) -> Callable[..., Tensor]:
     """For `mm(a, b)`, `addmm(into, a, b)` and `bmm` and `baddbmm`, with `out` and in place."""
     dims, in_place = (3 if "bmm" in name else 2), name.endswith("_")
     multiply = batched if dims == 3 else product
@@ -186,19 +221,21 @@ def _products(name: str, kernel: Callable[..., Any], dtypes: Dtypes) -> Callable
 
 
 def _attention_backward(
-    name: str, kernel: Callable[..., Any], dtypes: Dtypes
+    kernel: Callable[..., Any], dtypes: Dtypes, short: Dtypes
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """A few examples at a time, each tensor widened."""
+    """A few examples at a time, each tensor widened; of dtypes `short` those of short rows."""
 
     def run(
         keys: Any, grad: Tensor, *tensors: Tensor, attn_mask: Tensor | None = None, **more: Any
     ) -> tuple[Tensor, ...]:
         *qkvo, logsumexp, dropout, is_causal = tensors
-        if not _is_one_of(dtypes, grad, *qkvo):
+        is_short = all(t.shape[2] * t.shape[3] <= HEAD_ELEMENTS for t in qkvo)
+        if not _is_one_of((*dtypes, *short) if is_short else dtypes, grad, *qkvo):
             return kernel(keys, grad, *tensors, attn_mask=attn_mask, **more)
         grads = tuple(torch.empty_like(t) for t in qkvo[:3])
         largest = max(t[:1].numel() for t in qkvo)
-        for batch in _blocks(len(grad), max(1, BATCH_ELEMENTS // max(1, largest))):
+        n = BATCH_ELEMENTS // 4 // max(1, largest)  # eight tensors, of which each is widened
+        for batch in _blocks(len(grad), max(1, n)):
             mask = attn_mask
             if mask is not None:
                 mask = mask[batch] if mask.dim() == 4 and len(mask) > 1 else mask
@@ -219,8 +256,8 @@ def _is_one_of(dtypes: Dtypes, *tensors: Tensor | None) -> bool:
     return len(found) == 1 and found <= set(dtypes)
 
 
-_OPERATORS = {
-    **{name: _products for name in ("mm", "mm.out", "addmm", "addmm.out", "addmm_")},
-    **{name: _products for name in ("bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_")},
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-}
+_PRODUCTS = (
+    *("mm", "mm.out", "addmm", "addmm.out", "addmm_"),
+    *("bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_"),
+)
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu_backward"

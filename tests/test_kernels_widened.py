@@ -20,6 +20,7 @@ def small_blocks(monkeypatch):
     for name, size in (("ROWS", 5), ("COLUMNS", 7), ("SHARED", 11), ("BATCH_ELEMENTS", 64)):
         monkeypatch.setattr(widened, name, size)
     widened.remove()
+    monkeypatch.setattr(widened, "slow_in_attention", lambda: ())
     assert widened.install(tuple(HALVES))
     torch.manual_seed(0)  # whatever tests came before
     yield
@@ -170,6 +171,46 @@ def test_only_models_of_16_bits_ask_for_it(monkeypatch):
     monkeypatch.setattr(widened, "missing", lambda: (torch.float16,))
     widened.install_for(torch.nn.Linear(2, 2).bfloat16())  # which this CPU multiplies
     assert widened._library is None
+
+
+def test_attention_alone_where_rows_are_short(monkeypatch):
+    """Beside torch's own products of the same dtype, and its attention of longer rows."""
+    widened.remove()
+    monkeypatch.setattr(widened, "missing", lambda: ())
+    monkeypatch.setattr(widened, "slow_in_attention", lambda: (torch.bfloat16,))
+    monkeypatch.setattr(widened, "HEAD_ELEMENTS", 9 * 8)
+    a, b = random(13, 31, dtype=torch.bfloat16), random(31, 17, dtype=torch.bfloat16)
+
+    def gradients(length, dtype):
+        torch.manual_seed(length)
+        q, k, v = (random(3, 2, length, 8, dtype=dtype).requires_grad_() for _ in range(3))
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.autograd.grad(y.square().sum(), (q, k, v))
+
+    native = a @ b, gradients(9, torch.bfloat16), gradients(10, torch.bfloat16)
+    widened.install_for(torch.nn.Linear(2, 2))
+    assert widened._library is None
+    widened.install_for(torch.nn.Linear(2, 2).bfloat16())
+    assert "products" not in dispatch.ran and "attention's backward pass" in dispatch.ran
+    assert torch.equal(a @ b, native[0])
+    assert all(map(torch.equal, gradients(10, torch.bfloat16), native[2]))
+    short, exact = gradients(9, torch.bfloat16), gradients(9, torch.float64)
+    assert not all(map(torch.equal, short, native[1]))
+    for mine, torchs, right in zip(short, native[1], exact, strict=True):
+        right = right.double()
+        assert (mine.double() - right).norm() <= 1.1 * (torchs.double() - right).norm()
+
+
+@pytest.mark.parametrize(
+    "name, has_mkl, found",
+    [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel(R) Xeon(R)", True, False)],
+)
+def test_whose_attention_is_slow(name, has_mkl, found, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(widened, "missing", lambda: ())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    assert (torch.bfloat16 in widened.slow_in_attention()) == found
 
 
 @pytest.mark.parametrize(
