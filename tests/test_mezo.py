@@ -141,6 +141,31 @@ def test_projected_gradient_tends_to_the_forward_mode_derivative(family, tmp_pat
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_what_rounding_hides_from_the_loss_is_left_as_it_is(caplog):
+    """Norm scales of 1 in bfloat16, whose spacing is 8 times eps; others, and all in float32, are
+    trained."""
+    with caplog.at_level("INFO", logger="tinyft"):
+        model = tiny_model("llama").bfloat16()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(0.1)
+        before = weights(model)
+        optimizer = tinyft.MeZO(model, lr=1e-2)
+        for seed in range(3):
+            optimizer.step(per_example(model), batch_of(seed))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    still = {name for name, _ in model.named_parameters()} - moved
+    assert "model.norm.weight" in moved and len(still) == 4
+    assert all(name.endswith("layernorm.weight") for name in still)
+    assert "lost in the rounding of 4 vectors" in caplog.text
+    whole = tinyft.MeZO(tiny_model("llama"), lr=1e-2)
+    assert len(whole.parameters) == len(optimizer.parameters) + 4
+    model.requires_grad_(False)
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    with pytest.raises(InputError, match="nothing else is to be trained"):
+        tinyft.MeZO(model)
+    assert tinyft.MeZO(model, exact=True).parameters  # as published
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_learning_rate_leaves_every_bit(family, dtype):

@@ -11,6 +11,7 @@ What differs from the published procedure, which `exact=True` follows to the bit
 * z comes from a counter-based generator, not from torch's stream, in one of four families
   (`zeroth.directions`); the default costs a dot product and an outer product a linear layer;
 * 16-bit weights are updated with stochastic rounding, so that small updates are kept on average;
+  vectors from which 16 bits would round the perturbation away (norm scales) are left as they are;
 * a run is its seed log: a few bytes a step, from which `replay` makes the weights, bit for bit.
 """
 
@@ -156,6 +157,16 @@ class MeZO(Optimizer):
             for name, p in named
             if not p.is_floating_point()
         ]
+        if not problems and not exact:
+            lost = [name for name, p in named if _rounds_away(p, eps)]
+            named = [(name, p) for name, p in named if name not in lost]
+            what = f"eps {eps:g} is lost in the rounding of {len(lost)} vectors of 16 bits"
+            if not named:
+                problems.append(
+                    f"{what}, and nothing else is to be trained. Train them in float32."
+                )
+            elif lost:
+                log.info("%s, which are left as they are: %s, ...", what, lost[0])
         if problems:
             raise InputError(" ".join(problems))
         self.names = [name for name, _ in named]
@@ -473,6 +484,14 @@ def _window(momentum: float) -> int:
     while weight >= _MOMENTUM_TAIL:
         steps, weight = steps + 1, weight * momentum
     return steps
+
+
+def _rounds_away(p: Tensor, eps: float) -> bool:
+    """Whether most of a parameter is the same with and without a perturbation of eps: then no loss
+    tells anything of it, and updates are noise. (A matrix's is added to its output instead.)"""
+    if p.dim() > 1 or p.dtype.itemsize > 2:
+        return False
+    return bool((p.detach() + eps == p.detach()).float().mean() > 0.5)
 
 
 def _normal_like(p: Tensor) -> Tensor:
