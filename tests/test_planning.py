@@ -26,13 +26,13 @@ ROOMY = Budget(memory_bytes=1 << 40)
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tiny_tokenizer):
-    """A model of 8 million parameters and rows of about 50 tokens."""
+    """A model of 4 million parameters and rows of about 50 tokens."""
     folder = tmp_path_factory.mktemp("job")
     model = save_tiny_model(
         folder / "model",
         "llama",
         tiny_tokenizer,
-        **{"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "head_dim": 64},
+        **{"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 5, "head_dim": 64},
     )
     rows = [
         {"prompt": "The film was great. " * 3, "completion": f" It was a great film, {i % 7}."}
