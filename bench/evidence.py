@@ -6,7 +6,7 @@
 Every curve is one `tinyft train` with the method's defaults and a constant learning rate, so that
 stopping it early and asking for fewer steps are the same, scored on the way. Finished runs are kept
 and one that was interrupted resumes. With `--of` nothing is run: curves are taken from folders of
-`tinyft bench`, where each point is a run of its own with the rate that was searched for it. Both
+`tinyft bench`, where each point is a run of its own, with the rate that was found for it. Both
 take their places in `tinyft/evidence.json`, among the curves that are there.
 """
 
@@ -99,7 +99,8 @@ def of_benchmark(folder: Path) -> list[dict[str, Any]]:
         options = dict(re.findall(r"--(\w+)=(\S+)", row["command"]))
         config = {name: row[name] for name in ("method", "trainable", "base_bits", "dtype")}
         config |= {"rho": float(options["rho"])} if "rho" in options else {}
-        task = f"{row['task']}, {row['model']}, rates searched"
+        rates = "rates searched" if row["search_flops"] else "default rates"
+        task = f"{row['task']}, {row['model']}, {rates}"
         kind = kind_of_rows(row["model"], row["task"])
         one = {
             **{"task": task, "kind": kind, "model": row["model"], "seed": row["seed"]},
