@@ -41,6 +41,7 @@ def score(model: Path | str, path: Path, *flags: str) -> dict[str, Any]:
 def held_out(data: str, rows: slice, path: Path) -> Path:
     """Some of the held-out rows of built-in data, in a file of their own."""
     lines = (fetch(data) / "dev.jsonl").read_text().splitlines(keepends=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines[rows]))
     return path
 

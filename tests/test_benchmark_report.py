@@ -8,6 +8,7 @@ import math
 import random
 import re
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from tinyft.benchmark import charts, page, pictures, summary
 from tinyft.benchmark.command import write_report
 from tinyft.benchmark.store import Store, read, write
+from tinyft.plots import blank
 
 METHODS = {"full": 0.9, "lora": 1.0, "lora:base_bits=16": 0.97, "mezo": 0.3, "peft": 0.95}
 BUDGETS = (1e12, 3e12, 1e13)
@@ -266,7 +268,7 @@ def test_marks_stand_where_their_values_are():
     own = [p for p in here if p.method == "full"]
     assert len(circles) == len(own) == 3
     x, y = zip(*((float(a), float(b)) for a, b in circles), strict=True)
-    logs, values = [math.log(p.flops) for p in own], [p.value for p in own]
+    logs, values = [math.log(p.flops) for p in own], [math.log(p.value) for p in own]
     assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(
         (logs[1] - logs[0]) / (logs[2] - logs[0]), abs=2e-3
     )
@@ -274,6 +276,51 @@ def test_marks_stand_where_their_values_are():
         (values[1] - values[0]) / (values[2] - values[0]), abs=2e-3
     )
     assert values[2] < values[0] and y[2] < y[0]  # less perplexity is up
+
+
+def outlier(value: float) -> list:
+    """The prose's points, MeZO's at `value`."""
+    here = [p for p in POINTS if p.task == "prose"]
+    return [replace(p, values=(value,)) if p.method == "mezo" else p for p in here]
+
+
+@pytest.mark.parametrize("value", [30.5, 1e3, 1e8])
+def test_a_run_that_diverged_squeezes_no_axis(value):
+    axis, usual = charts.Quality(outlier(value)), charts.Quality(outlier(30.0))
+    learned = [p.value for p in outlier(value) if p.method != "mezo"]
+    span = axis.at(min(learned)) - axis.at(max(learned))
+    assert span > 0.75 * (usual.at(min(learned)) - usual.at(max(learned)))
+    assert axis.beyond(value) == (value > 30.5) and not any(map(axis.beyond, learned))
+    assert 0 < axis.at(value) < axis.at(30.0)
+    svg = charts.scatter(outlier(value), "peak memory", charts.styles(list(METHODS)))
+    arrows = re.findall(r'<polygon points="[^"]*" fill="#8659c9"/>', svg)
+    assert len(arrows) == (len(BUDGETS) if value > 30.5 else 0)
+
+
+def test_the_better_half_is_told_apart():
+    """Where training began far away: its end, not its beginning, fills the axis."""
+    values = (2.1, 2.3, 2.6, 5.0)
+    points = [replace(p, before=1e5, values=(v,)) for p, v in zip(POINTS[-4:], values, strict=True)]
+    axis = charts.Quality(points)
+    assert axis.beyond(1e5) and not any(map(axis.beyond, values))
+    assert axis.at(2.1) - axis.at(2.3) > 0.05
+    assert charts.Quality([replace(p, values=(2.0,)) for p in points]).at(2.0) > 0.9  # all alike
+
+
+def test_lines_join_budgets_of_one_limit():
+    both = [replace(p, memory_limit_bytes=m) for p in POINTS[:3] for m in (1.0, 2.0)]
+    by_flops, by_memory, _ = (cost.lines(both) for cost in charts.COSTS.values())
+    assert [len({p.memory_limit_bytes for p in line}) for line in by_flops] == [1, 1]
+    assert [len({p.flops_limit for p in line}) for line in by_memory] == [1] * len(by_memory)
+
+
+@pytest.mark.pictures
+def test_a_legend_names_what_only_a_later_task_has(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "blank", lambda *size: figures.append(blank(*size)) or figures[0])
+    fewer = [p for p in POINTS if (p.task, p.method) != ("films", "lora")]
+    pictures.quality(tmp_path / "a.png", fewer)
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} == set(METHODS)
 
 
 @pytest.mark.parametrize(

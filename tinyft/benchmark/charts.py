@@ -66,6 +66,15 @@ def mark(style: Style, x: float, y: float, r: float = 5.0) -> str:
     return f'<polygon points="{path}" {how}/>'
 
 
+def _marked(style: Style, x: float, y: float, *, arrow: str) -> str:
+    """A mark, and beside it an arrow to what an axis leaves out."""
+    if not arrow:
+        return mark(style, x, y)
+    tips = {"down": ((-4, 7), (4, 7), (0, 13)), "left": ((-7, -4), (-7, 4), (-13, 0))}[arrow]
+    path = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in tips)
+    return mark(style, x, y) + f'<polygon points="{path}" fill="{style.color}"/>'
+
+
 def key(style: Style) -> str:
     """A mark for a legend or a table."""
     return f'<svg class="key" viewBox="0 0 16 16" aria-hidden="true">{mark(style, 8, 8)}</svg>'
@@ -94,10 +103,13 @@ def duration(value: float) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """What quality is drawn against: `of` a point, in `unit`s of which round numbers are marked."""
+    """What quality is drawn against: `of` a point, in `unit`s of which round numbers are marked.
+    A line joins what a method made of budgets that differ in this cost: of the same `other` limit.
+    """
 
     of: Callable[[Point], float]
     text: Callable[[float], str]
+    other: Callable[[Point], float]
     unit: float = 1.0
 
     def range(self, points: Sequence[Point]) -> tuple[float, float]:
@@ -107,12 +119,85 @@ class Cost:
     def ticks(self, low: float, high: float) -> list[float]:
         return [self.unit * n for n in ticks(low / self.unit, high / self.unit, log=True)]
 
+    def lines(self, points: Sequence[Point]) -> list[list[Point]]:
+        """One method's points, a line each."""
+        found: dict[float, list[Point]] = {}
+        for p in points:
+            found.setdefault(self.other(p), []).append(p)
+        return list(found.values())
+
 
 COSTS = {
-    "FLOPs of training": Cost(lambda p: p.flops, power),
-    "peak memory": Cost(lambda p: p.peak_memory_bytes, mib, unit=2**20),
-    "time of training": Cost(lambda p: p.train_s, duration),
+    "FLOPs of training": Cost(lambda p: p.flops, power, lambda p: p.memory_limit_bytes),
+    "peak memory": Cost(lambda p: p.peak_memory_bytes, mib, lambda p: p.flops_limit, unit=2**20),
+    "time of training": Cost(lambda p: p.train_s, duration, lambda p: p.memory_limit_bytes),
 }
+
+
+class Quality:
+    """An axis of a metric on which up is better, from 0 to 1; perplexities on their logarithm.
+
+    It ends where the untrained model stands, or earlier where the better half of the points would
+    take less than a twelfth of it. What is worse (a run that diverged, say) stands below that.
+
+    Attributes:
+        worst, best: the metric at 0 and at 1.
+        below: where marks of what is worse stand, as a value of the metric.
+        untrained: the mean over all points of what it was before.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.metric = points[0].metric
+        self.log = self.metric == "perplexity"
+        self.untrained = sum(p.before for p in points) / len(points)
+        untrained = self._height(self.untrained)
+        heights = sorted((self._height(p.value) for p in points), reverse=True)
+        half = heights[(len(heights) - 1) // 2]
+        spreads = [p.spread or 0.0 for p in points]
+        up = 1 if self.metric in HIGHER else -1
+        ends = [
+            [self._height(p.value + sign * up * s) for p, s in zip(points, spreads, strict=True)]
+            for sign in (1, -1)
+        ]
+        top = max(untrained, *ends[0])
+        span = top - min(untrained, half, *(h for h in ends[1] if h > untrained))
+        if heights[0] > max(half, untrained):
+            span = min(span, 12 * (heights[0] - half))
+        pad = 0.07 * span or 0.05
+        self._shown = top - span - pad
+        some_beyond = heights[-1] < self._shown
+        self._low, self._high = self._shown - some_beyond * 1.5 * pad, top + pad
+        self.worst, self.best = self._value(self._low), self._value(self._high)
+        self.below = self._value(self._shown - 0.7 * pad)
+
+    def _height(self, value: float) -> float:
+        if self.log:
+            return -math.log(max(value, 1.0))  # no perplexity is smaller, only a mean less spread
+        return value if self.metric in HIGHER else -value
+
+    def _value(self, height: float) -> float:
+        if self.log:
+            return math.exp(-height)
+        return height if self.metric in HIGHER else -height
+
+    def at(self, value: float) -> float:
+        """Where a value stands, or that which stands for it."""
+        height = self._height(self.shown(value))
+        return min(1.0, max(0.0, (height - self._low) / (self._high - self._low)))
+
+    def beyond(self, value: float) -> bool:
+        """Whether a value is worse than all that the axis shows."""
+        return self._height(value) < self._shown
+
+    def shown(self, value: float) -> float:
+        """The value, or what stands for it."""
+        return self.below if self.beyond(value) else value
+
+    def ticks(self) -> list[float]:
+        return ticks(*sorted((self.worst, self.best)), log=self.log)
+
+    def text(self, value: float) -> str:
+        return f"{value:.0%}" if self.metric == "accuracy" else f"{value:g}"
 
 
 def ticks(low: float, high: float, *, log: bool) -> list[float]:
@@ -131,34 +216,28 @@ def ticks(low: float, high: float, *, log: bool) -> list[float]:
 def scatter(points: Sequence[Point], cost: str, style: dict[str, Style]) -> str:
     """Quality against a cost for one task: a line a method over its budgets, the spread over seeds,
     and the front that no method is above and left of."""
-    of, text = COSTS[cost].of, COSTS[cost].text
-    metric = points[0].metric
+    of, text, quality = COSTS[cost].of, COSTS[cost].text, Quality(points)
     width, height, left, right, top, bottom = 360, 300, 50, 16, 12, 40
     low_x, high_x = COSTS[cost].range(points)
-    spreads = [(p, p.spread or 0.0) for p in points]
-    before = sum(p.before for p in points) / len(points)
-    shown = [before, *(p.value - s for p, s in spreads), *(p.value + s for p, s in spreads)]
-    pad = 0.07 * (max(shown) - min(shown)) or 0.05
-    low_y, high_y = min(shown) - pad, max(shown) + pad
-    if metric not in HIGHER:  # less is better, and up is better
-        low_y, high_y = high_y, low_y
 
     def at_x(value: float) -> float:
         share = math.log(value / low_x) / math.log(high_x / low_x)
         return left + share * (width - left - right)
 
     def at_y(value: float) -> float:
-        return top + (high_y - value) / (high_y - low_y) * (height - top - bottom)
+        return top + (1 - quality.at(value)) * (height - top - bottom)
 
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{metric} by {cost}">']
-    for value in ticks(min(low_y, high_y), max(low_y, high_y), log=False):
+    out = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{quality.metric} by {cost}">'
+    ]
+    for value in quality.ticks():
         y = at_y(value)
         out.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        label = f"{value:.0%}" if metric == "accuracy" else f"{value:g}"
         out.append(
-            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{quality.text(value)}</text>"
         )
     for value in COSTS[cost].ticks(low_x, high_x):
         x, y = at_x(value), height - bottom
@@ -171,10 +250,15 @@ def scatter(points: Sequence[Point], cost: str, style: dict[str, Style]) -> str:
     out.append(
         f'<text class="label" x="{width - right}" y="{height - 6}" text-anchor="end">{cost}</text>'
     )
-    y = at_y(before)
-    out.append(f'<line class="before" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    y, said = at_y(quality.untrained), "untrained"
+    if quality.beyond(quality.untrained):
+        said += f" {number(quality.untrained, quality.metric)} ↓"
+    else:
+        out.append(
+            f'<line class="before" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
     out.append(
-        f'<text class="tick" x="{width - right}" y="{y - 5:.1f}" text-anchor="end">untrained</text>'
+        f'<text class="tick" x="{width - right}" y="{y - 5:.1f}" text-anchor="end">{said}</text>'
     )
 
     ends = front([p for p in points if p.fits], of)
@@ -184,11 +268,11 @@ def scatter(points: Sequence[Point], cost: str, style: dict[str, Style]) -> str:
             path += f"H{at_x(of(p)):.1f}V{at_y(p.value):.1f}"
         out.append(f'<path class="front" d="{path}H{width - right}"/>')
     for label, look in style.items():
-        own = [p for p in points if p.method == label]
-        line = " ".join(f"{at_x(of(p)):.1f},{at_y(p.value):.1f}" for p in own)
         dash = ' stroke-dasharray="3 3"' if look.hollow else ""
-        if len(own) > 1:
-            out.append(f'<polyline class="run" stroke="{look.color}"{dash} points="{line}"/>')
+        for own in COSTS[cost].lines([p for p in points if p.method == label]):
+            line = " ".join(f"{at_x(of(p)):.1f},{at_y(p.value):.1f}" for p in own)
+            if len(own) > 1:
+                out.append(f'<polyline class="run" stroke="{look.color}"{dash} points="{line}"/>')
     for label, look in style.items():
         for p in points:
             if p.method == label:
@@ -201,7 +285,8 @@ def scatter(points: Sequence[Point], cost: str, style: dict[str, Style]) -> str:
                         f'<line stroke="{look.color}" stroke-width="1.5" x1="{x:.1f}" x2="{x:.1f}" '
                         f'y1="{ys[0]:.1f}" y2="{ys[1]:.1f}"/>'
                     )
-                out.append(f"{mark(look, x, y)}</g>")
+                out.append(_marked(look, x, y, arrow="down" if quality.beyond(p.value) else ""))
+                out.append("</g>")
     return "".join([*out, "</svg>"])
 
 
@@ -220,16 +305,13 @@ def described(point: Point) -> str:
 def ranking(points: Sequence[Point], style: dict[str, Style], chosen: str | None) -> str:
     """Methods inside one budget, the best first: from the untrained model's quality to the trained
     one's. The planner's choice is marked."""
-    metric = points[0].metric
+    quality = Quality(points)
+    metric = quality.metric
     order = sorted(points, key=lambda p: -p.score)
     row, top, width, left, right = 26, 4, 360, 142, 58
-    shown = [*(p.before for p in order), *(p.value for p in order)]
-    low, high = min(shown), max(shown)
-    if metric not in HIGHER:
-        low, high = high, low
 
     def at(value: float) -> float:
-        return left + (value - low) / ((high - low) or 1.0) * (width - left - right - 12) + 6
+        return left + quality.at(value) * (width - left - right - 12) + 6
 
     out = [
         f'<svg viewBox="0 0 {width} {top + row * len(order)}" role="img" '
@@ -255,7 +337,7 @@ def ranking(points: Sequence[Point], style: dict[str, Style], chosen: str | None
                 f'<line stroke="{look.color}" stroke-width="1.5" x1="{ends[0]:.1f}" '
                 f'x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             )
-        out.append(mark(look, b, y))
+        out.append(_marked(look, b, y, arrow="left" if quality.beyond(p.value) else ""))
         out.append(
             f'<text x="{width}" y="{y + 4:.1f}" text-anchor="end"{weight}>'
             f"{number(p.value, metric)}</text></g>"

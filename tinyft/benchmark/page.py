@@ -146,8 +146,10 @@ def _curves(points: Sequence[Point], style: Mapping[str, Style]) -> str:
     out = [
         "<h2>Quality against what it costs</h2>",
         '<p class="soft">Up and to the left is better. The broad line is the front: nothing known '
-        "is better at no more cost. A line joins a method's budgets, a bar is one standard "
-        "deviation over seeds, pale marks broke the limit on memory.</p>",
+        "is better at no more cost. A line joins what a method made of more and more FLOPs (or "
+        "memory) under one limit on the other, a bar is one standard deviation over seeds, pale "
+        "marks broke the limit on memory, and marks with an arrow are worse than the axis shows."
+        "</p>",
     ]
     for task in dict.fromkeys(p.task for p in points):
         here = [p for p in points if p.task == task]

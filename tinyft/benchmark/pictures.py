@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyft.benchmark.charts import COSTS, Style, number, styles
+from tinyft.benchmark.charts import COSTS, Quality, Style, number, styles
 from tinyft.benchmark.summary import HIGHER, Choice, Point, front
 from tinyft.plots import blank, plain
 
@@ -30,13 +30,14 @@ def quality(path: Path, points: Sequence[Point]) -> None:
     style = styles(list(dict.fromkeys(p.method for p in points)))
     figure = blank(12, 3.6 * len(tasks) + 0.7)
     grid = figure.subplots(len(tasks), len(COSTS), squeeze=False)
+    known: dict[str, Any] = {}
     for task, line in zip(tasks, grid, strict=True):
         here = [p for p in points if p.task == task]
         for axes, cost in zip(line, COSTS, strict=True):
             _scatter(axes, here, cost, style)
         line[0].set_ylabel(f"{here[0].metric}, {task}", color=_INK)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    known = dict(zip(labels, handles, strict=True))
+        handles, labels = line[0].get_legend_handles_labels()
+        known |= zip(labels, handles, strict=True)  # a task may have methods that another lacks
     figure.legend(
         known.values(),
         known.keys(),
@@ -48,15 +49,16 @@ def quality(path: Path, points: Sequence[Point]) -> None:
 
 def _scatter(axes: Any, points: Sequence[Point], cost: str, style: Mapping[str, Style]) -> None:
     of, text = COSTS[cost].of, COSTS[cost].text
-    metric = points[0].metric
+    quality = Quality(points)
     axes.set_xscale("log")
-    before = sum(p.before for p in points) / len(points)
-    axes.axhline(before, color=_FAINT, linewidth=1, linestyle=":")
+    if quality.log:
+        axes.set_yscale("log")
+    axes.axhline(quality.untrained, color=_FAINT, linewidth=1, linestyle=":")
     ends = front([p for p in points if p.fits], of)
     low, high = COSTS[cost].range(points)
     axes.step(
         [*(of(p) for p in ends), high],
-        [*(p.value for p in ends), *(p.value for p in ends[-1:])] or [before],
+        [*(p.value for p in ends), *(p.value for p in ends[-1:])] or [quality.untrained],
         where="post",
         color="#dfe3ea",
         linewidth=6,
@@ -64,12 +66,11 @@ def _scatter(axes: Any, points: Sequence[Point], cost: str, style: Mapping[str, 
         zorder=0,
     )
     for label, look in style.items():
-        own = [p for p in points if p.method == label]
-        if own:
+        for own in COSTS[cost].lines([p for p in points if p.method == label]):
             axes.errorbar(
                 [of(p) for p in own],
-                [p.value for p in own],
-                yerr=[p.spread or 0.0 for p in own],
+                [quality.shown(p.value) for p in own],
+                yerr=[0.0 if quality.beyond(p.value) else p.spread or 0.0 for p in own],
                 color=look.color,
                 marker=_MARKERS[look.shape],
                 markerfacecolor="white" if look.hollow else look.color,
@@ -79,14 +80,22 @@ def _scatter(axes: Any, points: Sequence[Point], cost: str, style: Mapping[str, 
                 linestyle="--" if look.hollow else "-",
                 label=label,
             )
+        for p in points:
+            if p.method == label and quality.beyond(p.value):
+                axes.annotate(
+                    "",
+                    (of(p), quality.worst),
+                    xytext=(of(p), quality.below),
+                    arrowprops={"arrowstyle": "-|>", "color": look.color, "shrinkB": 0},
+                )
     axes.set_xlim(low, high)
     axes.set_xticks(marks := COSTS[cost].ticks(low, high), [text(value) for value in marks])
     axes.set_xticks([], minor=True)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(cost, color=_INK)
-    axes.yaxis.set_major_formatter(lambda value, _: _short(value, metric))
-    if metric not in HIGHER:
-        axes.invert_yaxis()
+    axes.set_ylim(quality.worst, quality.best)
+    axes.set_yticks(marks := quality.ticks(), [quality.text(value) for value in marks])
+    axes.set_yticks([], minor=True)
     axes.grid(axis="y", color="#eceff4", linewidth=0.8)
     axes.set_axisbelow(True)
     plain(axes)

@@ -20,6 +20,7 @@ class Point:
     """All seeds of a method inside a budget.
 
     Attributes:
+        flops_limit, memory_limit_bytes: of the budget, 0 where there is none.
         values: the metric after training, a seed each.
         before: its mean before.
         flops, train_s, elapsed_s, energy_j, co2_g: means; `train_s` is of the steps alone.
@@ -32,6 +33,8 @@ class Point:
 
     task: str
     budget: str
+    flops_limit: float
+    memory_limit_bytes: float
     method: str
     metric: str
     values: tuple[float, ...]
@@ -97,11 +100,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
         if row["stage"] == "run" and row["status"] == "done":
             groups.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
     found = [_point(*key, group) for key, group in groups.items()]
-    return sorted(found, key=lambda p: (p.task, _size(groups[p.task, p.budget, p.method][0])))
-
-
-def _size(row: Mapping[str, Any]) -> tuple[float, float]:
-    return row["flops_limit"] or 0.0, row["memory_limit_bytes"] or 0.0
+    return sorted(found, key=lambda p: (p.task, p.flops_limit, p.memory_limit_bytes))
 
 
 def _point(task: str, budget: str, method: str, rows: Sequence[Mapping[str, Any]]) -> Point:
@@ -109,12 +108,14 @@ def _point(task: str, budget: str, method: str, rows: Sequence[Mapping[str, Any]
         return statistics.mean(row[name] for row in rows)
 
     first = rows[0]
-    limit = first["memory_limit_bytes"]
+    limit = first["memory_limit_bytes"] or 0.0
     peak = max(row["peak_memory_bytes"] for row in rows)
     names = ("before", "steps", "flops", "train_s", "elapsed_s", "energy_j", "co2_g")
     return Point(
         task,
         budget,
+        first["flops_limit"] or 0.0,
+        limit,
         method,
         metric=first["metric"],
         values=tuple(row["after"] for row in rows),

@@ -1,0 +1,92 @@
+"""Which directions, which estimator: what MeZO learns from the same FLOPs on four tasks.
+
+    python bench/mezo_estimators.py [--tasks film-reviews ...] [--rows estimators ...]
+
+SmolLM2-135M in bfloat16, batches of 8, one thread, 2e13 FLOPs a run, half a cosine down to 0,
+scored on 200 held-out rows before and after. First every estimator at several rates, with the
+default family; then every family at one rate (all have E[zz'] = I, so that a rate means the same
+for each); then adapters. Every row is one `tinyft train` in a process of its own; what
+`results/mezo_estimators.csv` holds is not run again (delete a line to have it anew), what was
+interrupted resumes, and processes with other `--tasks` may run beside. Seconds are the run's, from
+loading to the end of its steps; the median of a step's is beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from commands import add, held_out, kept, train
+
+from tinyft.config import as_flags
+
+RESULTS = Path(__file__).parent / "results" / "mezo_estimators.csv"
+HELD_OUT = 200  # rows
+TASKS = ("film-reviews", "questions", "winogrande", "e2e")
+COMMON = {
+    **{"model": "smollm2-135m", "method": "mezo", "dtype": "bfloat16", "batch_size": 8},
+    **{"max_length": 128, "flops": "2e13", "schedule": "cosine", "threads": 1},
+}
+KEY = ("task", "trainable", "directions", "estimator", "probes", "lr")
+TWO, FOUR, EIGHT = (
+    {"estimator": "two-sided", "probes": 1},
+    {"estimator": "one-sided", "probes": 4},
+    {"estimator": "one-sided", "probes": 8},
+)
+RANK1 = {"trainable": "all", "directions": "sign-rank1"}
+DENSE = ("hadamard", "rademacher", "gaussian")
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "estimators": [
+        *({**RANK1, **FOUR, "lr": lr} for lr in (1e-3, 3e-4, 3e-3)),
+        *({**RANK1, **TWO, "lr": lr} for lr in (5e-6, 2e-5, 8e-5)),
+        *({**RANK1, **EIGHT, "lr": lr} for lr in (1e-3, 3e-3)),
+    ],
+    "families": [{**RANK1, **FOUR, "directions": name, "lr": 1e-3} for name in DENSE],
+}
+
+
+def line_of(task: str, row: dict[str, Any], output: Path) -> dict[str, Any]:
+    """What a finished run leaves in the CSV."""
+    report = json.loads((output / "report.json").read_text())
+    before, after, got = report["eval"]["before"], report["eval"]["after"], report["measured"]
+    return {
+        **{name: {"task": task, **row}[name] for name in KEY},
+        "loss_before": round(before["loss"], 4),
+        "loss": round(after["loss"], 4),
+        "accuracy_before": before.get("accuracy", ""),
+        "accuracy": after.get("accuracy", ""),
+        "steps": got["steps"],
+        "flops": f"{got['flops']:.3e}",
+        "seconds": round(got["wall_s"], 1),
+        "step_s_median": round(got["step_s_median"], 3),
+        "peak_memory_mib": round(got["peak_memory_bytes"] / 2**20),
+    }
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A folder's name, from what tells rows apart."""
+    return "-".join(str(row[name]) for name in KEY[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/mezo-estimators"))
+    arguments = parser.parse_args()
+    for row in (row for name in arguments.rows for row in ROWS[name]):
+        for task in arguments.tasks:
+            done = {tuple(str(line[name]) for name in KEY) for line in kept(RESULTS)}
+            if tuple(str({"task": task, **row}[name]) for name in KEY) in done:
+                continue
+            folder = arguments.runs / task
+            rows = held_out(task, slice(HELD_OUT), folder / "dev.jsonl")
+            config = {**COMMON, **row, "data": f"{task}:train", "eval_data": str(rows)}
+            train(as_flags(config), folder / name_of(row))
+            add(line_of(task, row, folder / name_of(row)), RESULTS, *KEY)
+
+
+if __name__ == "__main__":
+    main()
