@@ -349,42 +349,55 @@ class Job:
             self.update = Graph(folder / "update.onnx", self.state, threads)
 
     def step(self, inputs: dict[str, np.ndarray], lr: float) -> dict[str, np.ndarray]:
-        """One step; returns the loss, and in zeroth order the projected gradient."""
+        """One step; returns the loss, and in zeroth order each probe's projected gradient."""
         inputs, lr = {**inputs, **self.scalars()}, np.float32(lr)
         if not self.zeroth:
             found = self.graph.run({**inputs, "lr": lr})
             _check(found["loss"], self.steps)
             self.steps += 1
             return found
-        eps = self.job["config"]["eps"]
-        plus, minus = (
-            self.graph.run({**inputs, "scale": np.float32(scale)})["loss"] for scale in (eps, -eps)
-        )
-        loss, g = np.float32((plus + minus) / 2), np.float32((plus - minus) / (2 * eps))
-        _check(loss, self.steps)
-        self.replay(np.array([[lr, g]], np.float32))
-        return {"loss": loss, "projected_gradient": g}
+        probes, eps = range(self.job["config"]["probes"]), self.job["config"]["eps"]
+
+        def at(probe: int, scale: float) -> float:
+            point = {"probe": np.int64(probe), "scale": np.float32(scale)}
+            found = self.graph.run({**inputs, **point})["loss"]
+            _check(found, self.steps)
+            return float(found)
+
+        if self.job["config"]["estimator"] == "two-sided":
+            values = np.array([[at(p, eps), at(p, -eps)] for p in probes])
+            loss, g = values.mean(), (values[:, 0] - values[:, 1]) / (2 * eps)
+        else:  # the losses' differences, in units of their spread
+            loss, values = at(0, 0.0), np.array([at(p, eps) for p in probes])
+            spread = values.std(ddof=1)
+            g = (values - loss) / spread if spread > 0 else np.zeros(len(values))
+            g = np.clip(g, -65504.0, 65504.0).astype(np.float16)  # as in torch, which stores it so
+        self.replay(np.array([[lr, *g]], np.float32))
+        return {"loss": np.float32(loss), "projected_gradients": g.astype(np.float32)}
 
     def log(self, lr: float, found: dict[str, np.ndarray]) -> None:
         """Zeroth order: note the last step, what `step` returned, for `resume`."""
         if self.zeroth:
             with (self.folder / "steps.f32").open("ab") as file:
-                file.write(np.array([lr, found["projected_gradient"]], "<f4").tobytes())
+                file.write(np.array([lr, *found["projected_gradients"]], "<f4").tobytes())
 
     def replay(self, records: np.ndarray) -> None:
-        """Zeroth order: the updates of `(lr, projected gradient)`, float32 (steps, 2)."""
-        for lr, g in records:
-            self.update.run({"c": lr * g, **self.scalars()})
+        """Zeroth order: the updates of `(lr, projected gradients)`, float32 (steps, 1 + probes)."""
+        for lr, *gradients in records:
+            for probe, g in enumerate(gradients):
+                c = np.float32(float(lr) * float(g) / len(gradients))
+                if c:  # -0.0 - 0.0 would already change a bit
+                    self.update.run({"c": c, "probe": np.int64(probe), **self.scalars()})
             self.steps += 1
 
     def resume(self) -> None:
         """Go on from what was saved in the folder, if anything was."""
         log, checkpoint = self.folder / "steps.f32", self.folder / "checkpoint.safetensors"
-        if self.zeroth and log.exists():  # eight bytes a step are the whole state
-            data = log.read_bytes()
-            data = data[: len(data) // 8 * 8]
+        if self.zeroth and log.exists():  # some bytes a step are the whole state
+            data, columns = log.read_bytes(), 1 + self.job["config"]["probes"]
+            data = data[: len(data) // (4 * columns) * 4 * columns]
             os.truncate(log, len(data))  # the last record may be torn
-            self.replay(np.frombuffer(data, "<f4").reshape(-1, 2))
+            self.replay(np.frombuffer(data, "<f4").reshape(-1, columns))
         elif checkpoint.exists():
             steps = {"steps": np.zeros((), np.int64)}
             read_tensors(checkpoint, {**self.state, **steps})

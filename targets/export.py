@@ -179,10 +179,8 @@ def _check(config: TrainConfig, target: str, training_python: Path | None) -> No
         options = config.options
         if options.directions not in FAMILIES:
             problems.append(f"--directions must be one of {', '.join(FAMILIES)}")
-        if (options.estimator, options.probes) != ("two-sided", 1) or options.momentum:
-            problems.append("only the two-sided estimator with one probe and no momentum")
-        if options.exact or config.weight_decay:
-            problems.append("neither --exact nor --weight-decay with mezo")
+        if options.exact or options.momentum or config.weight_decay:
+            problems.append("none of --exact, --momentum and --weight-decay with mezo")
     elif config.optimizer not in ("adamw", "sgd"):
         problems.append(f"--optimizer {config.optimizer} has no graph: use adamw or sgd")
     narrow = config.method == "mezo" and config.base_bits < 16 and config.dtype == "float16"
@@ -291,7 +289,7 @@ def _write_graphs(job: Job, work: Path) -> list[str]:
     if zeroth:
         plan = Plan(config.options.directions, [t.shape for t in start.values()])
         counters, number = {"counters": plan.counters}, torch.tensor(0.0)
-        drawn = step | {"seed": torch.tensor(config.seed)}
+        drawn = step | {"probe": torch.tensor(0), "seed": torch.tensor(config.seed)}
         forward = zeroth_forward(job.model, job.names, plan)
         arguments = start | frozen | batch | {"scale": number} | drawn
         _save(graphs.trace(forward, constants | counters, arguments), work, "forward")

@@ -84,9 +84,9 @@ def check(job: Any, folder: Path) -> dict[str, Any]:
             last[f"gradient_error_step_{i}"] = check_gradients(job, batch, runner.state, gradients)
         got = runner.step(inputs, lr)
         if zeroth:
-            want, g = _zeroth_step(job, batch, lr, got)
-            error = max(last.get(_PROJECTED, 0.0), abs(g - float(got["projected_gradient"])))
-            last[_PROJECTED] = error
+            want, wanted_g = _zeroth_step(job, batch, lr, got)
+            error = float(np.abs(got["projected_gradients"] - wanted_g).max())
+            last[_PROJECTED] = max(last.get(_PROJECTED, 0.0), error)
         else:
             want = engine_loss(job, batch, lr)
         wanted.append(want)
@@ -114,16 +114,20 @@ def engine_loss(job: Any, batch: Batch, lr: float) -> float:
     return float(job.optimizer.step(lambda part: job.loss(job.model, part), batch))
 
 
-def _zeroth_step(job: Any, batch: Batch, lr: float, got: dict) -> tuple[float, float]:
-    """The engine's loss and projected gradient; then its step along the export's own number, so
+def _zeroth_step(job: Any, batch: Batch, lr: float, got: dict) -> tuple[float, list[float]]:
+    """The engine's loss and projected gradients; then its step along the export's own numbers, so
     that the weights must stay the same bits."""
     optimizer, taken = job.optimizer, []
     optimizer._update = lambda lr, gradients: taken.extend(gradients)
     loss = engine_loss(job, batch, lr)
-    draw = optimizer.directions.draw(optimizer.steps_taken, 0)
-    update_(optimizer.parameters, [(draw, lr * float(got["projected_gradient"]))])
+    probes = got["projected_gradients"].tolist()
+    draws = [optimizer.directions.draw(optimizer.steps_taken, p) for p in range(len(probes))]
+    update_(
+        optimizer.parameters,
+        [(draw, lr * g / len(probes)) for draw, g in zip(draws, probes, strict=True)],
+    )
     optimizer.steps_taken += 1
-    return loss, taken[0]
+    return loss, taken
 
 
 def _gradients(job: Any, runner: device.Job, folder: Path, inputs: dict) -> dict[str, np.ndarray]:

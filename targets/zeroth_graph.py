@@ -1,10 +1,10 @@
 """The two graphs of a zeroth-order step: a perturbed forward pass, and an update.
 
-MeZO's two-sided step (`tinyft.optim.mezo`) as pure functions for `graphs.trace`. The first gives
-the loss at `theta + scale z`; a device runs it once with each sign, so that one pass's activations
-are all it holds. The second is `w - c z`, rounded once, so that a replay of `(lr, g)` in torch
-gives the same weights, bit for bit. Directions are drawn from seed and step by the traced `philox`
-itself, so that their bits are torch's.
+MeZO's step (`tinyft.optim.mezo`) as pure functions for `graphs.trace`. The first gives the loss at
+`theta + scale z`; a device runs it once a point of the estimator, so that one pass's activations
+are all it holds. The second is `w - c z`, rounded once, and is run once a probe, so that a replay
+of `(lr, g)` in torch gives the same weights, bit for bit. Directions are drawn from seed, step and
+probe by the traced `philox` itself, so that their bits are torch's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Plan:
         shapes: of the perturbed tensors; their order is part of the bits.
 
     Attributes:
-        counters: (4, N) int64, the step left at 0. A constant of the graph.
+        counters: (4, N) int64, step and probe left at 0. A constant of the graph.
     """
 
     def __init__(self, name: str, shapes: Sequence[Sequence[int]]) -> None:
@@ -56,19 +56,20 @@ class Plan:
 
 
 class Draw:
-    """`scale z`, z the direction of a step, as part of a graph; `t` is a tensor's index.
+    """`scale z`, z the direction of a step's probe, as part of a graph; `t` is a tensor's index.
 
     z has entries +-1, so that scaling it is exact, wherever it is done: once, for fewer nodes.
 
     Args:
         plan: what to draw.
-        tensors: holds the int64 scalars `seed` and `step`, and `counters`.
+        tensors: holds the int64 scalars `seed`, `step` and `probe`, and `counters`.
         scale: float32, a scalar.
     """
 
     def __init__(self, plan: Plan, tensors: Tensors, scale: Tensor) -> None:
         self.plan = plan
         block, tensor, _, stream = tensors["counters"].unbind(0)
+        stream = stream + tensors["probe"] * 8  # as in `zeroth.directions`
         counter = torch.stack((block, tensor, tensors["step"].expand_as(block), stream))
         words = functionalize(philox.philox)(counter, tensors["seed"])  # which works in place
         self.signs = signs(words)
@@ -138,8 +139,8 @@ def zeroth_forward(
 ) -> Callable[[Tensors], Tensors]:
     """The loss as a function `tensors -> outputs` for `trace`.
 
-    Takes the trainable tensors, a batch, `scale`, `step`, `seed` and the constant `counters`; the
-    output `loss` is the batch's mean at `theta + scale z`, float64.
+    Takes the trainable tensors, a batch, `scale`, `step`, `probe`, `seed` and the constant
+    `counters`; the output `loss` is the batch's mean at `theta + scale z`, float64.
     """
     perturbed = Perturbed(model, [model.get_parameter(name) for name in trainable])
     loss_of = Loss(model)
@@ -154,8 +155,8 @@ def zeroth_forward(
 
 
 def zeroth_update(trainable: Sequence[str], plan: Plan) -> Callable[[Tensors], Tensors]:
-    """The update, of tensors, `c`, `step`, `seed` and `counters`: a step ends in it, and it replays
-    a seed log."""
+    """The update, of tensors, `c`, `step`, `probe`, `seed` and `counters`: a step ends in one a
+    probe, and it replays a seed log."""
 
     def update(tensors: Tensors) -> Tensors:
         draw, outputs = Draw(plan, tensors, tensors["c"]), {}

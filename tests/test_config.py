@@ -60,8 +60,36 @@ def test_gradients_take_larger_rates_on_narrower_models():
         assert build(method="full").with_lr(wide(width)).lr == pytest.approx(2e-5 * factor)
         rate = 2e-4 * factor**0.5
         assert build(method="lora").with_lr(wide(width)).lr == pytest.approx(rate, rel=0.02)
-        assert build(method="mezo").with_lr(wide(width)).lr == METHODS["mezo"].default_lr["all"]
     assert build(method="lora", lr=1e-3).with_lr(wide(32)).lr == 1e-3
+
+
+def test_mezo_s_rate_falls_with_the_number_of_weights():
+    """Published ones for 5,120 channels (FZOO; MeZO's 1e-7 to 1e-6), within twice."""
+    for estimator, published in (("one-sided", 5e-5), ("two-sided", 3e-7)):
+        mezo = build(method="mezo", estimator=estimator)
+        rate = mezo.with_lr(wide(5120)).lr
+        assert 0.5 < rate / published < 2
+        assert mezo.with_lr(wide(2560)).lr == pytest.approx(4 * rate, rel=0.05)  # two digits
+        adapters = build(method="mezo", estimator=estimator, trainable="lora")
+        assert adapters.with_lr(wide(64)).lr == adapters.with_lr(wide(5120)).lr
+
+
+def test_mezo_has_probes_by_its_estimator():
+    def chosen(**options):
+        found = build(method="mezo", **options).options
+        return found.estimator, found.probes
+
+    assert chosen() == ("one-sided", 4) and chosen(probes=8) == ("one-sided", 8)
+    assert chosen(estimator="two-sided") == chosen(exact=True) == ("two-sided", 1)
+    assert "one probe" in problems(method="mezo", exact=True, probes=2)
+
+
+def test_mezo_s_perturbation_is_that_published_for_what_is_trained():
+    def eps(**options):
+        return build(**{"method": "mezo", **options}).options.eps
+
+    assert (eps(), eps(trainable="lora"), eps(trainable="prefix")) == (1e-3, 1e-2, 1e-1)
+    assert eps(method="roste_mezo") == 1e-2 and eps(trainable="lora", eps=1e-4) == 1e-4
 
 
 def test_none_is_a_word_where_it_is_a_choice():

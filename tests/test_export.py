@@ -75,11 +75,14 @@ def on_device(folder, data, steps, kill_at=None):
     return "".join(lines)
 
 
+TWO_SIDED = ["--trainable", "lora", "--estimator", "two-sided"]
+
+
 @pytest.mark.parametrize(
     "method, flags",
     [
-        ("mezo", ["--lr", "1e-4"]),
-        ("mezo", ["--trainable", "lora", "--rank", "2", "--base-bits", "4", "--dtype", "float16"]),
+        ("mezo", ["--lr", "1e-4", "--probes", "3"]),
+        ("mezo", [*TWO_SIDED, "--rank", "2", "--base-bits", "4", "--dtype", "float16"]),
         ("lora", ["--rank", "2", "--base-bits", "4"]),
         ("green_trainer", ["--rho", "0.6", "--optimizer", "sgd"]),
     ],
@@ -410,9 +413,9 @@ def test_the_device_names_a_line_that_is_no_json(wrong, tmp_path):
 def test_what_no_graph_knows_is_refused(tmp_path, capsys):
     words = ["export", "--model", "m", "--data", "d", "--method", "mezo", "--target"]
     words += ["raspberry-pi-5", "--output", str(tmp_path / "o"), "--directions", "hadamard"]
-    assert main([*words, "--probes", "2"]) == 2
+    assert main([*words, "--momentum", "0.5"]) == 2
     said = capsys.readouterr().err
-    assert "--directions must be one of" in said and "one probe" in said
+    assert "--directions must be one of" in said and "--momentum" in said
     assert main([*words, "--dtype", "float16", "--memory", "1GiB", "--energy", "1Wh"]) == 2
     said = capsys.readouterr().err
     for flag in ("--dtype float16", "--memory", "--energy"):

@@ -15,6 +15,7 @@ from tinyft.losses import check_head, objective
 from tinyft.targets import graphs
 from tinyft.targets.gate import OPERATORS, optimised
 from tinyft.targets.zeroth_graph import Plan, zeroth_forward, zeroth_update
+from tinyft.zeroth.estimators import evaluation_points, projected_gradients
 from tinyft.zeroth.update import update_
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch's exporter
@@ -104,39 +105,59 @@ def test_cross_entropy_keeps_its_digits(sure):
 
 
 @pytest.mark.parametrize(
-    "family, trainable, directions",
-    [("llama", "all", "rademacher"), ("gpt2", "lora", "sign-rank1"), ("opt", "all", "sign-rank1")],
+    "family, trainable, directions, estimator, probes",
+    [
+        ("llama", "all", "rademacher", "one-sided", 2),
+        ("gpt2", "lora", "sign-rank1", "two-sided", 1),
+        ("opt", "all", "sign-rank1", "one-sided", 3),
+    ],
 )
-def test_zeroth_step(family, trainable, directions, tmp_path):
+def test_zeroth_step(family, trainable, directions, estimator, probes, tmp_path):
     model, parameters = make(family, trainable)
     arguments = {name: p.detach().clone() for name, p in parameters.items()}
     arguments |= graphs.frozen_of(model, list(parameters))
     arguments |= graphs.batch_inputs(lm_batch(3, 11))
     arguments |= {"step": torch.tensor(STEP), "seed": torch.tensor(SEED)}
     plan = Plan(directions, [p.shape for p in parameters.values()])
-    constants = graphs.constants_of(model)
+    constants, drawn = graphs.constants_of(model), {"probe": torch.tensor(0)}
     counters, number = {"counters": plan.counters}, torch.tensor(1e-3)
 
     def runs(function, constants, name):
-        graph = graphs.trace(function, constants | counters, arguments | {name: number})
+        graph = graphs.trace(function, constants | counters, arguments | drawn | {name: number})
         assert {node.domain for node in graph.graph} == {""}
         run = runner(graph, tmp_path)
-        return lambda value: run(arguments | {name: torch.tensor(value)})
+
+        def at(probe, value, **tensors):
+            given = {"probe": torch.tensor(probe), name: torch.tensor(value)}
+            return run(arguments | given | tensors)
+
+        return at
 
     forward = runs(zeroth_forward(model, list(parameters), plan), constants, "scale")
-    plus, minus = (float(forward(scale)["loss"]) for scale in (1e-3, -1e-3))
+    points = evaluation_points(estimator, probes)
+    losses = [float(forward(probe or 0, sign * 1e-3)["loss"]) for probe, sign in points]
+    wanted_loss, got = projected_gradients(estimator, losses, 1e-3)
 
-    optimizer = tinyft.MeZO(model, lr=1e-3, directions=directions, seed=SEED)
+    optimizer = tinyft.MeZO(
+        model, lr=1e-3, directions=directions, estimator=estimator, probes=probes, seed=SEED
+    )
     optimizer.steps_taken = STEP
     steps = []
-    optimizer._update = lambda lr, g: steps.append((lr, *g))
+    optimizer._update = lambda lr, g: steps.append((lr, g))
     loss = optimizer.step(lambda b: objective("lm")(model, b), lm_batch(3, 11))
-    assert (plus + minus) / 2 == pytest.approx(float(loss), rel=1e-6)
-    (lr, g), got = steps[0], float(np.float32((plus - minus) / (2 * 1e-3)))
-    assert abs(got - g) <= 2e-6 * float(loss) / (2 * 1e-3)  # rounding of two losses over 2 eps
-    # The same bits of every weight once the same number is used: the directions are the same.
-    c = float(np.float32(lr * got))
-    found = runs(zeroth_update(list(parameters), plan), {}, "c")(c)
-    update_(optimizer.parameters, [(optimizer.directions.draw(STEP, 0), c)])
+    assert wanted_loss == pytest.approx(float(loss), rel=1e-6)
+    ((lr, wanted),) = steps
+    rounding = 2e-6 * float(loss)  # of two losses, over what their difference is divided by
+    unit = 2 * 1e-3 if estimator == "two-sided" else np.std(losses[1:], ddof=1) / 2
+    assert np.abs(np.subtract(got, wanted)).max() <= rounding / unit + 2e-3 * np.abs(got).max()
+    # The same bits of every weight once the same numbers are used: the directions are the same.
+    c = [float(np.float32(lr * g / probes)) for g in got]
+    update = runs(zeroth_update(list(parameters), plan), {}, "c")
+    moved: dict[str, torch.Tensor] = {}
+    for probe in range(probes):
+        found = update(probe, c[probe], **moved)
+        moved = {name: found[name + graphs.NEXT] for name in parameters}
+    draws = [optimizer.directions.draw(STEP, probe) for probe in range(probes)]
+    update_(optimizer.parameters, list(zip(draws, c, strict=True)))
     for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
-        assert torch.equal(found[name + graphs.NEXT], parameter), name
+        assert torch.equal(moved[name], parameter), name

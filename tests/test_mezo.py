@@ -18,6 +18,7 @@ from tinyft.batches import Batch
 from tinyft.errors import InputError
 from tinyft.losses import objective
 from tinyft.zeroth.directions import FAMILIES
+from tinyft.zeroth.estimators import ESTIMATORS
 from tinyft.zeroth.seed_log import SeedLog, fingerprint
 
 
@@ -121,7 +122,8 @@ def test_batched_copies_give_the_same_step_as_one_call_a_sign(family, estimator)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projected_gradient_tends_to_the_forward_mode_derivative(family, tmp_path):
     model = tiny_model("gpt2").double()  # Llama's norm computes in float32
-    optimizer = tinyft.MeZO(model, lr=0.0, eps=1e-5, directions=family, seed=5)
+    options = {"estimator": "two-sided", "directions": family, "eps": 1e-5}
+    optimizer = tinyft.MeZO(model, lr=0.0, **options, seed=5)
     optimizer.open_log(tmp_path / "log", resume=False)
     batch = batch_of(1)
     names = optimizer.names
@@ -219,12 +221,13 @@ def test_the_log_replays_to_the_same_bits(options, dtype, tmp_path):
     assert equal(weights(resumed), final)
 
 
-def test_a_thousand_steps_fit_in_16_kib(tmp_path):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_thousand_steps_fit_in_16_kib(tmp_path, estimator):
     model = tiny_model("llama")
-    optimizer = tinyft.MeZO(model, lr=1e-4)
+    optimizer = tinyft.MeZO(model, lr=1e-4, estimator=estimator)
     optimizer.open_log(tmp_path / "log", resume=False)
     for step in range(1000):
-        optimizer._apply(1e-4, [math.sin(step)])
+        optimizer._apply(1e-4, [math.sin(step + p) for p in range(optimizer.options.probes)])
     assert (tmp_path / "log").stat().st_size <= 16 * 1024
 
 
@@ -258,19 +261,20 @@ def test_objectives_without_a_gradient_train():
     assert error(batch).item() < min(0.1, before)
 
 
-@pytest.mark.parametrize("probes", [1, 4])
-def test_f1_is_that_of_the_whole_batch_at_every_point(probes):
+@pytest.mark.parametrize("estimator, probes", [("two-sided", 1), ("one-sided", 4)])
+def test_f1_is_that_of_the_whole_batch_at_every_point(estimator, probes):
     """Parts of it have other F1s."""
     model = tiny_model("bert", num_labels=3)
     ids = batch_of(3, rows=9)["input_ids"]
     batch = Batch(ids, torch.ones_like(ids), answers=torch.arange(9) % 3)
-    optimizer = tinyft.MeZO(model, lr=0.0, eps=0.5, probes=probes, directions="gaussian")
+    options = {"estimator": estimator, "probes": probes, "directions": "gaussian"}
+    optimizer = tinyft.MeZO(model, lr=0.0, eps=0.5, **options)
     with torch.no_grad():
         losses = optimizer._losses(lambda b: objective("f1")(model, b), batch, optimizer._groups())
     for loss, (draw, scale) in zip(losses.tolist(), optimizer._groups(), strict=True):
         theirs = tiny_model("bert", num_labels=3)
         with torch.no_grad():
-            for t, p in enumerate(theirs.parameters()):
+            for t, p in enumerate(theirs.parameters() if draw else ()):
                 p += scale * draw.dense(t).view(p.shape)
             guesses = theirs(input_ids=ids).logits.argmax(1).tolist()
         assert loss == pytest.approx(1 - f1_by_hand(guesses, batch.answers.tolist()))
@@ -328,7 +332,7 @@ def test_no_cache_of_keys_and_values_is_made():
 
     for options in ({}, {"exact": True}):
         tinyft.MeZO(model, lr=0.0, **options).step(loss)
-    assert caches == [None] * 4 and model.config.use_cache
+    assert caches == [None] * (5 + 2) and model.config.use_cache
 
 
 @pytest.mark.parametrize("calls", [1, 2])
@@ -382,7 +386,7 @@ def test_dropout_is_off_during_the_step_and_back_on_after_it():
     modes = []
     optimizer = tinyft.MeZO(model, lr=0.0)
     optimizer.step(lambda: modes.append(model[1].training) or model(torch.ones(1, 4)).sum())
-    assert modes == [False, False]
+    assert modes == [False] * 5  # theta and four probes
     assert model[1].training
 
 
@@ -397,7 +401,7 @@ def test_a_nan_loss_stops_before_the_weights():
 
 def test_all_wrong_options_are_named_at_once():
     with pytest.raises(InputError) as error:
-        tinyft.MeZO(nn.Linear(2, 2), eps=0, directions="up", estimator="one-sided", momentum=1.0)
+        tinyft.MeZO(nn.Linear(2, 2), eps=0, directions="up", probes=1, momentum=1.0)
     for word in ("eps", "directions", "probes", "momentum"):
         assert word in str(error.value)
     with pytest.raises(InputError, match="step\\(lambda"):

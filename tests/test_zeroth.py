@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,7 +14,12 @@ from torch.func import functional_call
 
 from tinyft.errors import InputError
 from tinyft.zeroth.directions import FAMILIES, make_directions
-from tinyft.zeroth.estimators import evaluation_points, projected_gradients
+from tinyft.zeroth.estimators import (
+    ESTIMATORS,
+    STORED_AS,
+    evaluation_points,
+    projected_gradients,
+)
 from tinyft.zeroth.forward import PerturbedForward
 from tinyft.zeroth.seed_log import SeedLog
 from tinyft.zeroth.update import update_
@@ -194,11 +200,23 @@ def test_one_sided_is_free_of_the_losses_scale():
     _, large = projected_gradients("one-sided", [100 * v for v in losses], 1e-3)
     assert small == pytest.approx(large, rel=1e-6)
     assert projected_gradients("one-sided", [1.0, 1.0, 1.0], 1e-3)[1] == [0.0, 0.0]
+    # All far from theta and hardly different from one another: finite.
+    assert projected_gradients("one-sided", [1.0, 2.0, 2.0 + 1e-9], 1e-3)[1] == [65504.0, 65504.0]
 
 
-def test_seed_log_drops_a_torn_record_and_goes_on(tmp_path):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_used_is_what_is_stored(estimator, tmp_path):
+    losses = np.random.default_rng(0).normal(2, 0.1, 6 if estimator == "two-sided" else 4)
+    _, used = projected_gradients(estimator, losses.tolist(), 1e-3)
+    header = {"probes": 3, "stored_as": STORED_AS[estimator]}
+    SeedLog.create(tmp_path / "log", header).append(0.5, used)
+    assert list(SeedLog.open(tmp_path / "log").records()) == [(0.5, used)]
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_seed_log_drops_a_torn_record_and_goes_on(tmp_path, stored):
     path = tmp_path / "steps.seedlog"
-    log = SeedLog.create(path, {"probes": 2, "seed": 1})
+    log = SeedLog.create(path, {"probes": 2, "seed": 1, "stored_as": stored})
     for step in range(3):
         log.append(0.5, [step, -step])
     path.write_bytes(path.read_bytes()[:-5])
@@ -212,7 +230,10 @@ def test_seed_log_drops_a_torn_record_and_goes_on(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"not json\n", b'{"format": "other"}\n'])
+ODD = b'{"format": "tinyft-seed-log-2", "probes": 1, "stored_as": "object"}\n'
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b"not json\n", b'{"format": "other"}\n', ODD])
 def test_other_files_are_no_seed_logs(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)

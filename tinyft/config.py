@@ -190,8 +190,9 @@ class TrainConfig(BaseModel):
         trainable = self.trainable or method.needs or next(iter(method.default_lr))
         schedule = self.schedule or ("cosine" if method.uses_gradients else "constant")
         epochs = 1.0 if self.steps is None and self.epochs is None else self.epochs
+        options = method.completed(self.options, trainable)
         update = {"trainable": trainable, "schedule": schedule, "epochs": epochs}
-        return self.model_copy(update=update)
+        return self.model_copy(update={**update, "options": options})
 
     def with_lr(self, model_config: Any) -> TrainConfig:
         """With the method's rate for the model (`Optimizer.learning_rate`), if none was given."""
@@ -199,7 +200,7 @@ class TrainConfig(BaseModel):
 
         if self.lr is not None:
             return self
-        lr = METHODS[self.method].learning_rate(self.trainable, model_config)
+        lr = METHODS[self.method].learning_rate(self.trainable, model_config, self.options)
         return self.model_copy(update={"lr": lr})
 
     def _conflicts(self, method: Any, spell: Callable[[str], str]) -> list[str]:

@@ -21,7 +21,7 @@ TRAIN, HELD_OUT = "film-reviews:train", "film-reviews:dev"
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"steps": 80, "batch_size": 16, "lr": 5e-4, "warmup": 4},
     "full": {"steps": 60, "batch_size": 16, "lr": 3e-5, "warmup": 6},
-    "mezo": {"steps": 200, "batch_size": 16, "lr": 1e-5},
+    "mezo": {"steps": 80, "batch_size": 16},
 }
 REVIEWS = 4  # shown with the model's opinion
 

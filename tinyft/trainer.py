@@ -30,16 +30,16 @@ def make_trainer(
     Args:
         model: the model that `optimizer` was made for.
         args: `transformers.TrainingArguments`; learning rate and schedule hold as usual.
-        optimizer: e.g. `tinyft.MeZO(model, lr=1e-6)`.
-        objective: one loss an example, `(model, inputs) -> (B,)`, with which both signs ride in one
-            batch; by default the Trainer's own scalar loss, at one forward pass a sign.
+        optimizer: e.g. `tinyft.MeZO(model, lr=1e-4)`.
+        objective: one loss an example, `(model, inputs) -> (B,)`, with which all probes ride in one
+            batch; by default the Trainer's own scalar loss, at one forward pass for each.
         trainer_arguments: of `transformers.Trainer`: datasets, collator, callbacks, ...
 
     Raises:
         InputError: gradient accumulation, which has no meaning without gradients.
 
     Example:
-        >>> optimizer = tinyft.MeZO(model, lr=1e-6)  # doctest: +SKIP
+        >>> optimizer = tinyft.MeZO(model, lr=1e-4)  # doctest: +SKIP
         >>> make_trainer(model, args, optimizer, train_dataset=rows).train()  # doctest: +SKIP
     """
     from transformers import Trainer

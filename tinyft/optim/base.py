@@ -25,6 +25,14 @@ METHODS: dict[str, type[Optimizer]] = {}
 _C = TypeVar("_C", bound="type[Optimizer]")
 
 
+def for_width(lr: float, model_config: Any, power: float) -> float:
+    """A rate that is stated for `LR_WIDTH` channels and falls with a power of their number."""
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    if width is None:
+        return lr
+    return float(f"{lr * (LR_WIDTH / max(width, _LEAST_WIDTH)) ** power:.2g}")
+
+
 class ExpandableBatch(Protocol):
     """What a method may ask of a batch: to be repeated (zeroth order) or split (accumulation)."""
 
@@ -69,8 +77,8 @@ class Optimizer(torch.optim.Optimizer):
         Options: the method's own options.
         needs: the trainable set that the method insists on (`"all"`, `"lora"`), or None when the
             user may choose (`--trainable`).
-        default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`; of methods
-            with gradients for `LR_WIDTH` channels (see `learning_rate`).
+        default_lr: learning rate by trainable set, e.g. `{"all": 2e-5, "lora": 2e-4}`, for
+            `LR_WIDTH` channels (see `learning_rate`).
         uses_gradients: False for zeroth-order methods (the loop then runs without autograd).
         packs_base: True when the method brings its own few bits a weight: `base_bits` stays 16.
         layers_alike: True when a step does the same for every layer of a kind, so that what few
@@ -124,7 +132,12 @@ class Optimizer(torch.optim.Optimizer):
     # What the training loop calls around the steps. Defaults suit most methods.
 
     @classmethod
-    def learning_rate(cls, trainable: str, model_config: Any) -> float:
+    def completed(cls, options: Any, trainable: str) -> Any:
+        """Options with what was left to depend on the trainable set."""
+        return options
+
+    @classmethod
+    def learning_rate(cls, trainable: str, model_config: Any, options: Any) -> float:
         """What to train this set of a model with, unless a rate was asked for.
 
         Adam moves every weight by about the rate, whatever its gradient; what the weights of a
@@ -132,19 +145,15 @@ class Optimizer(torch.optim.Optimizer):
         the width (Yang et al. 2022, arXiv:2203.03466), as RoSTE's published ones do: 5e-5, 3e-5
         and 1e-5 for 896, 2,048 and 3,584 channels. Of an adapter's two matrices only one reads that
         many numbers: its rate falls with the root (with the width, MiniLM's 384 channels would get
-        2.1e-3, at which it learned nothing in 400 steps of a constant rate). Not so in zeroth
-        order, whose updates are as large as what was measured along them.
+        2.1e-3, at which it learned nothing in 400 steps of a constant rate).
 
         Args:
             trainable: one of `default_lr`.
             model_config: transformers'.
+            options: the method's own.
         """
-        lr = cls.default_lr[trainable]
-        width = getattr(model_config.get_text_config(), "hidden_size", None)
-        if not cls.uses_gradients or width is None:
-            return lr
-        factor = LR_WIDTH / max(width, _LEAST_WIDTH)
-        return float(f"{lr * (factor**0.5 if trainable == 'lora' else factor):.2g}")
+        power = 0.5 if trainable == "lora" else 1.0
+        return for_width(cls.default_lr[trainable], model_config, power)
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> Optimizer:

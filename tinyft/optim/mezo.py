@@ -12,7 +12,7 @@ What differs from the published procedure, which `exact=True` follows to the bit
   (`zeroth.directions`); the default costs a dot product and an outer product a linear layer;
 * 16-bit weights are updated with stochastic rounding, so that small updates are kept on average;
   vectors from which 16 bits would round the perturbation away (norm scales) are left as they are;
-* a run is its seed log: a few bytes a step, from which `replay` makes the weights, bit for bit.
+* a run is its seed log: a dozen bytes a step, from which `replay` makes the weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,19 @@ from tinyft.optim.base import (
     Optimizer,
     call_per_example,
     check_finite,
+    for_width,
     register,
     repeated,
     size_of,
     split,
 )
 from tinyft.zeroth.directions import FAMILIES, make_directions
-from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points, projected_gradients
+from tinyft.zeroth.estimators import (
+    ESTIMATORS,
+    STORED_AS,
+    evaluation_points,
+    projected_gradients,
+)
 from tinyft.zeroth.forward import Group, PerturbedForward
 from tinyft.zeroth.seed_log import SeedLog, fingerprint
 from tinyft.zeroth.update import update_
@@ -60,16 +66,24 @@ _MOMENTUM_TAIL = 0.01
 class MeZOOptions:
     """What `MeZO` can be told besides the learning rate and the trainable set."""
 
-    eps: float = field(default=1e-3, metadata={"help": "size of the perturbation"})
+    eps: float | None = field(
+        default=None,
+        metadata={"help": "size of the perturbation (default: 1e-3; lora, 1e-2; prefix, 1e-1)"},
+    )
     directions: str = field(
         default="sign-rank1",
         metadata={"help": "family of random directions", "choices": tuple(FAMILIES)},
     )
-    estimator: str = field(
-        default="two-sided",
-        metadata={"help": "gradient estimator", "choices": ESTIMATORS},
+    estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "gradient estimator (default: one-sided; exact, two-sided)",
+            "choices": ESTIMATORS,
+        },
     )
-    probes: int = field(default=1, metadata={"help": "directions a step"})
+    probes: int | None = field(
+        default=None, metadata={"help": "directions a step (default: 4; two-sided, 1)"}
+    )
     momentum: float = field(
         default=0.0, metadata={"help": "heavy-ball momentum, recomputed from the seed log"}
     )
@@ -77,10 +91,16 @@ class MeZOOptions:
         default=False, metadata={"help": "the published procedure, in place, bit for bit"}
     )
 
+    def __post_init__(self) -> None:
+        if self.estimator is None:
+            object.__setattr__(self, "estimator", "two-sided" if self.exact else "one-sided")
+        if self.probes is None:
+            object.__setattr__(self, "probes", 4 if self.estimator == "one-sided" else 1)
+
     def problems(self) -> list[str]:
         """What is wrong with these options, one sentence each."""
         found = []
-        if not self.eps > 0:
+        if self.eps is not None and not self.eps > 0:
             found.append(f"eps must be positive; found {self.eps}.")
         if self.directions not in FAMILIES:
             found.append(
@@ -118,7 +138,8 @@ class MeZO(Optimizer):
 
     Args:
         model: evaluated in eval mode (no dropout) whatever mode it is in.
-        lr: learning rate; `weight_decay` is decoupled and skips vectors.
+        lr: learning rate: one-sided, about how far a step moves each weight; published rates of
+            MeZO are for two-sided ones. `weight_decay` is decoupled and skips vectors.
         seed: 64-bit key of all directions.
         Others: see `MeZOOptions`.
 
@@ -128,7 +149,8 @@ class MeZO(Optimizer):
     """
 
     Options = MeZOOptions
-    default_lr = {"all": 5e-6, "lora": 1e-4, "prefix": 1e-2}  # noqa: RUF012
+    default_lr = {"all": 6e-5, "lora": 1e-2, "prefix": 1e-2}  # noqa: RUF012
+    two_sided_lr: ClassVar[Mapping[str, float]] = {"all": 4e-7, "lora": 1e-4, "prefix": 1e-2}
     uses_gradients = False
     layers_alike = True
     keeps_log = True
@@ -136,12 +158,12 @@ class MeZO(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 5e-6,
+        lr: float = 3e-3,
         *,
         eps: float = 1e-3,
         directions: str = "sign-rank1",
-        estimator: str = "two-sided",
-        probes: int = 1,
+        estimator: str | None = None,
+        probes: int | None = None,
         momentum: float = 0.0,
         exact: bool = False,
         weight_decay: float = 0.0,
@@ -195,7 +217,7 @@ class MeZO(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
-        """One step; see `Optimizer.step`. The loss is the mean of the two signs' (two-sided)."""
+        """One step; see `Optimizer.step`. Two-sided, the loss is the mean of both signs'."""
         if closure is None:
             raise InputError(
                 "MeZO evaluates the loss itself: call step(lambda: loss_fn(model, batch)). In the "
@@ -368,6 +390,21 @@ class MeZO(Optimizer):
     # What the training loop calls.
 
     @classmethod
+    def completed(cls, options: MeZOOptions, trainable: str) -> MeZOOptions:
+        """With the perturbation that was published for what is trained."""
+        eps = {"all": 1e-3, "lora": 1e-2, "prefix": 1e-1}[trainable]
+        return options if options.eps is not None else dataclasses.replace(options, eps=eps)
+
+    @classmethod
+    def learning_rate(cls, trainable: str, model_config: Any, options: Any) -> float:
+        """Of all weights one that falls with their number, hence with the square of the width: a
+        step goes along one direction among them and adds noise along all others. Published for
+        OPT-13B's 5,120 channels: 5e-5 (FZOO, one-sided), 1e-7 to 1e-6 (two-sided); best for
+        SmolLM2-135M's 576: 3e-3 and 2e-5 (bench/mezo_estimators.py), and for its adapters 1e-2."""
+        rates = cls.default_lr if options.estimator == "one-sided" else cls.two_sided_lr
+        return for_width(rates[trainable], model_config, 2.0 if trainable == "all" else 0.0)
+
+    @classmethod
     def attach(cls, model: nn.Module, config: Any) -> MeZO:
         """From a resolved `TrainConfig`; `trainable` is all, lora or prefix."""
         if config.trainable == "lora":
@@ -422,6 +459,7 @@ class MeZO(Optimizer):
             "seed": self.seed,
             "weight_decay": self.param_groups[0]["weight_decay"],
             "base": fingerprint(self.names, self.parameters),
+            "stored_as": STORED_AS[self.options.estimator],
         }
         if not (resume and path.exists()):
             self.log = SeedLog.create(path, header)

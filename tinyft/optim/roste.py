@@ -303,8 +303,6 @@ class RoSTE(_Quantising, GradientOptimizer):
 class RoSTEMeZOOptions(RoSTEOptions, MeZOOptions):
     """`RoSTEOptions` and `MeZOOptions`."""
 
-    eps: float = field(default=1e-2, metadata={"help": "size of the perturbation"})
-
     def problems(self) -> list[str]:
         return [*RoSTEOptions.problems(self), *MeZOOptions.problems(self)]
 
@@ -318,19 +316,20 @@ class RoSTEMeZO(_Quantising, MeZO):
     `options` are the fields of `RoSTEMeZOOptions`, the other arguments `RoSTE`'s and `MeZO`'s.
 
     Example:
-        >>> optimizer = tinyft.RoSTEMeZO(model, lr=1e-4)
+        >>> optimizer = tinyft.RoSTEMeZO(model)
         >>> for batch in batches:
         ...     loss = optimizer.step(lambda: model(**batch).loss)
     """
 
     Options = RoSTEMeZOOptions
-    default_lr = {"lora": 1e-4}  # noqa: RUF012
+    default_lr = {"lora": 1e-2}  # noqa: RUF012
+    two_sided_lr = {"lora": 5e-5}  # noqa: RUF012
     needs = "lora"
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-4,
+        lr: float = 1e-2,
         *,
         rank: int = 8,
         alpha: float = 16.0,
@@ -339,7 +338,7 @@ class RoSTEMeZO(_Quantising, MeZO):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        own = RoSTEMeZOOptions(**options)
+        own = self.completed(RoSTEMeZOOptions(**options), self.needs)
         self.rotated = Rotated(model, own.recipe(int4_base=True, seed=seed))
         _on_packed_base(model, rank, alpha, 0.0, targets, seed)
         of_mezo = {f.name: getattr(own, f.name) for f in dataclasses.fields(MeZOOptions)}

@@ -6,6 +6,9 @@
 * `one-sided` (FZOO's normalised form): g_p = (L(theta + eps z_p) - L(theta)) / sigma, sigma the
   standard deviation of the probes' losses. One pass a probe and one for all; dividing by sigma
   takes the scale of the loss and of eps out of the learning rate. At least two probes.
+
+A step uses g as the seed log stores it, so that a replay uses the very numbers that the run used:
+one-sided, where it is of the order of 1 whatever the model, in float16.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 ESTIMATORS = ("two-sided", "one-sided")
+STORED_AS = {"two-sided": "float32", "one-sided": "float16"}
 
 
 def evaluation_points(estimator: str, probes: int) -> list[tuple[int | None, int]]:
@@ -27,15 +31,14 @@ def evaluation_points(estimator: str, probes: int) -> list[tuple[int | None, int
 def projected_gradients(
     estimator: str, losses: Sequence[float], eps: float
 ) -> tuple[float, list[float]]:
-    """The step's loss and each probe's projected gradient, rounded to float32.
+    """The step's loss and each probe's projected gradient, rounded to what is stored.
 
     Args:
         losses: one a point, in the order of `evaluation_points`.
 
     Returns:
         the loss at theta (two-sided: the mean over all points, equal to O(eps^2)), and one value a
-        probe. They are rounded because the seed log stores float32, and a replay must use the very
-        numbers that the run used.
+        probe.
     """
     values = np.asarray(losses, dtype=np.float64)
     if estimator == "two-sided":
@@ -46,4 +49,6 @@ def projected_gradients(
         # All probes alike: no direction is better than another, and 0 / 0 must not become NaN.
         g = (values[1:] - values[0]) / sigma if sigma > 0 else np.zeros(len(values) - 1)
         loss = float(values[0])
-    return loss, [float(v) for v in g.astype(np.float32)]
+    stored = np.dtype(STORED_AS[estimator])
+    largest = float(np.finfo(stored).max)  # probes alike, and all of them far from theta
+    return loss, np.clip(g, -largest, largest).astype(stored).tolist()

@@ -1,7 +1,8 @@
 """The seed log: a zeroth-order run as a file of a few bytes a step, which replays into the weights.
 
 One line of JSON (what the directions need: family, seed, shapes' digest, estimator, ...), then a
-fixed-size record a step: `lr` and the projected gradient of every probe, little-endian float32.
+fixed-size record a step, little-endian: `lr` in float32 and the projected gradient of every probe
+in what `estimators.STORED_AS` says.
 z comes from the seed and the step's number, so nothing else is needed. The file is only ever
 appended to; a record cut short by a kill is dropped when the log is opened again.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from tinyft.errors import InputError
 
-_FORMAT = "tinyft-seed-log-1"
+_FORMAT = "tinyft-seed-log-2"
 _MAX_HEADER_BYTES = 1 << 16
 
 
@@ -32,15 +33,17 @@ class SeedLog:
     Attributes:
         header: the run's description, JSON values.
         steps: number of whole records.
+        record: a step's, as numpy's dtype.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], steps: int, offset: int) -> None:
         self.path, self.header, self.steps = path, dict(header), steps
-        self._offset = offset
+        self._offset, self.record = offset, _record(header)
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> SeedLog:
-        """Start a log at `path`, replacing what was there; `header["probes"]` sets the record."""
+        """Start a log at `path`, replacing what was there; `header["probes"]` and
+        `header["stored_as"]` set the record."""
         line = json.dumps({"format": _FORMAT, **header}, separators=(",", ":")).encode() + b"\n"
         part = path.with_name(path.name + ".part")
         part.write_bytes(line)
@@ -63,7 +66,7 @@ class SeedLog:
             header = json.loads(line)
             if header["format"] != _FORMAT or not newline:
                 raise ValueError
-            size = 4 * (1 + header["probes"])
+            size = _record(header).itemsize
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is not a seed log of this version ({_FORMAT}): its first line is "
@@ -72,17 +75,12 @@ class SeedLog:
         offset = len(line) + 1
         return cls(path, header, (len(data) - offset) // size, offset)
 
-    @property
-    def record_bytes(self) -> int:
-        """Bytes a step."""
-        return 4 * (1 + self.header["probes"])
-
     def append(self, lr: float, projected_gradients: Sequence[float]) -> None:
         """Write one record; after it returns the record survives the death of the process."""
-        record = np.array([lr, *projected_gradients], dtype="<f4").tobytes()
-        assert len(record) == self.record_bytes
+        assert len(projected_gradients) == self.header["probes"]
+        record = np.array([(lr, projected_gradients)], self.record).tobytes()
         with self.path.open("r+b", buffering=0) as file:
-            file.seek(self._offset + self.steps * self.record_bytes)
+            file.seek(self._offset + self.steps * self.record.itemsize)
             file.truncate()
             if file.write(record) != len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -91,14 +89,18 @@ class SeedLog:
     def cut(self, steps: int) -> None:
         """Drop the records after `steps`, where there are any."""
         if steps < self.steps:
-            os.truncate(self.path, self._offset + steps * self.record_bytes)
+            os.truncate(self.path, self._offset + steps * self.record.itemsize)
             self.steps = steps
 
     def records(self) -> Iterator[tuple[float, list[float]]]:
-        """`(lr, projected gradients)` of every step, as the float32 values that were used."""
-        data = self.path.read_bytes()[self._offset : self._offset + self.steps * self.record_bytes]
-        for row in np.frombuffer(data, dtype="<f4").reshape(self.steps, self.record_bytes // 4):
-            yield float(row[0]), [float(g) for g in row[1:]]
+        """`(lr, projected gradients)` of every step, as the values that were used."""
+        for row in np.fromfile(self.path, self.record, self.steps, offset=self._offset):
+            yield float(row["lr"]), row["g"].tolist()
+
+
+def _record(header: Mapping[str, Any]) -> np.dtype:
+    stored = {"float32": "<f4", "float16": "<f2"}[header["stored_as"]]
+    return np.dtype([("lr", "<f4"), ("g", stored, (header["probes"],))])
 
 
 def fingerprint(names: Sequence[str], tensors: Sequence[Tensor]) -> str:
