@@ -4,11 +4,11 @@
 
 SmolLM2-135M in bfloat16, batches of 8, one thread, 2e13 FLOPs a run, half a cosine down to 0,
 scored on 200 held-out rows before and after. First every estimator at several rates, with the
-default family; then every family at one rate (all have E[zz'] = I, so that a rate means the same
-for each); then adapters. Every row is one `tinyft train` in a process of its own; what
-`results/mezo_estimators.csv` holds is not run again (delete a line to have it anew), what was
-interrupted resumes, and processes with other `--tasks` may run beside. Seconds are the run's, from
-loading to the end of its steps; the median of a step's is beside it.
+default family; then adapters on 4 bits; the best with a constant rate; and every family at its
+rate (all have E[zz'] = I, so that it means the same for each). Every row is one `tinyft train` in
+a process of its own; what `results/mezo_estimators.csv` holds is not run again (delete a line to
+have it anew), what was interrupted resumes, and processes with other `--tasks` may run beside.
+Seconds are those of all steps, and of the median one.
 """
 
 from __future__ import annotations
@@ -27,23 +27,29 @@ HELD_OUT = 200  # rows
 TASKS = ("film-reviews", "questions", "winogrande", "e2e")
 COMMON = {
     **{"model": "smollm2-135m", "method": "mezo", "dtype": "bfloat16", "batch_size": 8},
-    **{"max_length": 128, "flops": "2e13", "schedule": "cosine", "threads": 1},
+    **{"max_length": 128, "flops": "2e13", "threads": 1},
 }
-KEY = ("task", "trainable", "directions", "estimator", "probes", "lr")
+KEY = ("task", "trainable", "directions", "estimator", "probes", "lr", "eps", "schedule")
+USUAL = {"trainable": "all", "directions": "sign-rank1", "eps": 1e-3, "schedule": "cosine"}
 TWO, FOUR, EIGHT = (
-    {"estimator": "two-sided", "probes": 1},
-    {"estimator": "one-sided", "probes": 4},
-    {"estimator": "one-sided", "probes": 8},
+    {**USUAL, "estimator": "two-sided", "probes": 1},
+    {**USUAL, "estimator": "one-sided", "probes": 4},
+    {**USUAL, "estimator": "one-sided", "probes": 8},
 )
-RANK1 = {"trainable": "all", "directions": "sign-rank1"}
+LORA = {"trainable": "lora", "base_bits": 4, "eps": 1e-2}
 DENSE = ("hadamard", "rademacher", "gaussian")
 ROWS: dict[str, list[dict[str, Any]]] = {
     "estimators": [
-        *({**RANK1, **FOUR, "lr": lr} for lr in (1e-3, 3e-4, 3e-3)),
-        *({**RANK1, **TWO, "lr": lr} for lr in (5e-6, 2e-5, 8e-5)),
-        *({**RANK1, **EIGHT, "lr": lr} for lr in (1e-3, 3e-3)),
+        *({**FOUR, "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2)),
+        *({**TWO, "lr": lr} for lr in (5e-6, 2e-5, 8e-5)),
+        *({**EIGHT, "lr": lr} for lr in (3e-3, 6e-3)),
     ],
-    "families": [{**RANK1, **FOUR, "directions": name, "lr": 1e-3} for name in DENSE],
+    "adapters": [
+        *({**FOUR, **LORA, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)),
+        {**FOUR, **LORA, "lr": 1e-2, "eps": 1e-3},
+    ],
+    "schedules": [{**FOUR, "lr": 3e-3, "schedule": "constant"}],
+    "families": [{**FOUR, "directions": name, "lr": 3e-3} for name in DENSE],
 }
 
 

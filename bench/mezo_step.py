@@ -1,4 +1,4 @@
-"""A MeZO step against two forward passes of the same batch: time and memory.
+"""A two-sided MeZO step against two forward passes of the same batch: time and memory.
 
     python bench/mezo_step.py [--model smollm2-135m] [--dtype bfloat16] [--families sign-rank1 ...]
 
@@ -62,7 +62,7 @@ def main() -> None:
 
     contenders: dict[str, Callable[[], object]] = {"two forward passes": two_forward_passes}
     for family in arguments.families:
-        optimizer = tinyft.MeZO(model, lr=1e-9, directions=family)
+        optimizer = tinyft.MeZO(model, lr=1e-9, estimator="two-sided", directions=family)
         contenders[family] = lambda optimizer=optimizer: optimizer.step(losses, batch)
     if arguments.published:
         exact = tinyft.MeZO(model, lr=1e-9, exact=True)

@@ -27,9 +27,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "onnx_device.csv"
+TWO_SIDED = ["--method=mezo", "--estimator=two-sided"]
 EXPORTS = {
-    "mezo": ["--method=mezo"],
-    "mezo-int4": ["--method=mezo", "--trainable=lora", "--base-bits=4", "--dtype=float16"],
+    "mezo": TWO_SIDED,
+    "mezo-int4": [*TWO_SIDED, "--trainable=lora", "--base-bits=4", "--dtype=float16"],
     "lora": ["--method=lora"],
 }
 STEPS = 3

@@ -42,7 +42,7 @@ TRAINED = {
     "RoSTE": ["--method=roste", "--rotations=adaptive", "--lr=5e-5"],
     "RoSTE, groups of 64": ["--method=roste", "--group=64", "--lr=5e-5"],
     "RoSTE, frozen int4": ["--method=roste", "--trainable=lora", "--lr=1e-3"],
-    "RoSTE, MeZO": ["--method=roste_mezo", "--lr=5e-5", "--eps=1e-2"],
+    "RoSTE, MeZO": ["--method=roste_mezo", "--estimator=two-sided", "--lr=5e-5"],
 }
 ROUNDED = {"RTN": ["--rotations=none", "--clip=1"], "rotation + RTN": ["--rotations=all"]}
 GPTQ = "GPTQ"
