@@ -246,7 +246,7 @@ def test_yaml_and_flags_that_win(place, capfd):
 
 
 def test_resume_needs_nothing_but_the_folder(place, capfd):
-    assert tinyft(f"{TRAIN} --method mezo") == 0
+    assert tinyft(f"{TRAIN} --method mezo --schedule constant") == 0
     assert tinyft("train --output out --resume") == 0
     assert "2 steps" in capfd.readouterr().out
     assert tinyft("train --output out --resume --steps 3") == 0

@@ -50,7 +50,7 @@ def test_strings_are_converted():
 def test_defaults_are_the_methods_own(method):
     config, cls = build(method=method), METHODS[method]
     assert config.lr is None and config.with_lr(wide(4096)).lr == cls.default_lr[config.trainable]
-    assert config.schedule == ("cosine" if cls.uses_gradients else "constant")
+    assert config.schedule == "cosine"
     assert config.epochs == 1.0 and config.steps is None
     assert build(method=method, steps=3).epochs is None
 
@@ -82,6 +82,16 @@ def test_mezo_has_probes_by_its_estimator():
     assert chosen() == ("one-sided", 4) and chosen(probes=8) == ("one-sided", 8)
     assert chosen(estimator="two-sided") == chosen(exact=True) == ("two-sided", 1)
     assert "one probe" in problems(method="mezo", exact=True, probes=2)
+
+
+def test_a_name_of_two_meanings_is_one_flag_that_says_both():
+    (flag,) = (flag for flag in flags() if flag.name == "estimator")
+    assert {"two-sided", "one-sided", "sample", "svd"} == set(flag.choices)
+    assert flag.methods == ("mezo", "roste_mezo", "sparse_lora")
+    for text in ("mezo and roste_mezo: gradient estimator", "sparse_lora: channels"):
+        assert text in flag.help
+    names = [flag.name for flag in flags()]
+    assert len(names) == len(set(names))
 
 
 def test_mezo_s_perturbation_is_that_published_for_what_is_trained():

@@ -36,8 +36,8 @@ class TrainConfig(BaseModel):
     """Everything that decides a run's result, and how it is watched and saved.
 
     Build it with `TrainConfig.build`, which also fills in the method's defaults: after that
-    `schedule` and `trainable` are never None, and one of `steps` and `epochs` is set. `lr` may be,
-    until the model is known (`with_lr`).
+    `trainable` is never None, and one of `steps` and `epochs` is set. `lr` may be, until the model
+    is known (`with_lr`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -55,9 +55,7 @@ class TrainConfig(BaseModel):
     lr: float | None = Field(
         None, ge=0, description="learning rate (default: the method's, for the model's width)"
     )
-    schedule: Literal["constant", "cosine"] | None = Field(
-        None, description="learning rate over time (default: cosine, zeroth order: constant)"
-    )
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate over time")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     seed: int = Field(0, ge=0, lt=2**63, description="of the initialisation and the data order")
@@ -188,11 +186,10 @@ class TrainConfig(BaseModel):
 
     def _with_defaults(self, method: Any) -> TrainConfig:
         trainable = self.trainable or method.needs or next(iter(method.default_lr))
-        schedule = self.schedule or ("cosine" if method.uses_gradients else "constant")
         epochs = 1.0 if self.steps is None and self.epochs is None else self.epochs
         options = method.completed(self.options, trainable)
-        update = {"trainable": trainable, "schedule": schedule, "epochs": epochs}
-        return self.model_copy(update={**update, "options": options})
+        update = {"trainable": trainable, "epochs": epochs, "options": options}
+        return self.model_copy(update=update)
 
     def with_lr(self, model_config: Any) -> TrainConfig:
         """With the method's rate for the model (`Optimizer.learning_rate`), if none was given."""
@@ -370,19 +367,33 @@ def flags() -> list[Flag]:
         for name, info in TrainConfig.model_fields.items()
         if name != "options"
     ]
-    own: dict[str, Flag] = {}
+    own: dict[str, dict[str, Flag]] = {}  # by what it means: methods may share a name
     for method, cls in METHODS.items():
         for option in dataclasses.fields(cls.Options):
-            before = own[option.name].methods if option.name in own else ()
-            own[option.name] = Flag(
+            text = option.metadata.get("help", "")
+            meanings = own.setdefault(option.name, {})
+            meanings[text] = Flag(
                 option.name,
-                option.metadata.get("help", ""),
+                text,
                 None if option.default is dataclasses.MISSING else option.default,
                 option.type in (bool, "bool"),
                 tuple(option.metadata.get("choices", ())),
-                methods=(*before, method),
+                methods=(*(meanings[text].methods if text in meanings else ()), method),
             )
-    return found + list(own.values())
+    return found + [_merged(list(meanings.values())) for meanings in own.values()]
+
+
+def _merged(meanings: list[Flag]) -> Flag:
+    """One flag of several meanings, each with its methods."""
+    first, *others = meanings
+    if not others:
+        return first
+    return dataclasses.replace(
+        first,
+        help="; ".join(f"{' and '.join(one.methods)}: {one.help}" for one in meanings),
+        choices=tuple(choice for one in meanings for choice in one.choices),
+        methods=tuple(method for one in meanings for method in one.methods),
+    )
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

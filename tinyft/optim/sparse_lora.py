@@ -88,7 +88,7 @@ class SparseLoRAOptions:
     estimator: str = field(
         default="sample",
         metadata={
-            "help": "channels are chosen by a sample of tokens, or by svd",
+            "help": "channels are chosen by a sample of tokens (default), or by svd",
             "choices": ESTIMATORS,
         },
     )
