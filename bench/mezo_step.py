@@ -1,11 +1,11 @@
-"""A two-sided MeZO step against two forward passes of the same batch: time and memory.
+"""A MeZO step against as many forward passes of the same batch: time and memory.
 
-    python bench/mezo_step.py [--model smollm2-135m] [--dtype bfloat16] [--families sign-rank1 ...]
+    python bench/mezo_step.py [--dtype bfloat16] [--estimator two-sided] [--families sign-rank1 ...]
 
 Times: one process, the contenders in turn, medians. Peaks: the median of five processes for each
 contender (one in four takes 50 MB more than the others, whichever it is), VmHWM over what is
 resident when the model is loaded. Every token is labelled, both sides use the same chunked loss.
-`published` is the exact mode: what the published procedure costs.
+`published` is the exact mode, two passes a step: what the published procedure costs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tinyft
 from tinyft.data import Batch
 from tinyft.losses import objective
 from tinyft.memory import PeakMeter, resident_bytes, reuse_heap, trim
+from tinyft.zeroth.estimators import ESTIMATORS, evaluation_points
 
 _PROCESSES = 5
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--estimator", choices=ESTIMATORS, help="(default: MeZO's)")
     parser.add_argument("--families", nargs="+", default=["sign-rank1"])
     parser.add_argument("--published", action="store_true", help="also the published procedure")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -55,15 +57,21 @@ def main() -> None:
     def losses(part: Batch) -> torch.Tensor:
         return lm(model, part)
 
-    @torch.no_grad()
-    def two_forward_passes() -> None:
-        losses(batch)
-        losses(batch)
-
-    contenders: dict[str, Callable[[], object]] = {"two forward passes": two_forward_passes}
+    contenders: dict[str, Callable[[], object]] = {}
     for family in arguments.families:
-        optimizer = tinyft.MeZO(model, lr=1e-9, estimator="two-sided", directions=family)
+        how = {"estimator": arguments.estimator, "directions": family}
+        optimizer = tinyft.MeZO(model, lr=1e-9, **how)
         contenders[family] = lambda optimizer=optimizer: optimizer.step(losses, batch)
+    options = optimizer.options
+    passes = len(evaluation_points(options.estimator, options.probes))
+    plain = f"{passes} forward passes"
+
+    @torch.no_grad()
+    def forward_passes() -> None:
+        for _ in range(passes):
+            losses(batch)
+
+    contenders = {plain: forward_passes, **contenders}
     if arguments.published:
         exact = tinyft.MeZO(model, lr=1e-9, exact=True)
         contenders["published"] = lambda: exact.step(losses, batch)
@@ -93,14 +101,14 @@ def main() -> None:
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-    base = statistics.median(seconds["two forward passes"])
+    base = statistics.median(seconds[plain])
     print(
         f"{arguments.model}, {arguments.dtype}, {arguments.batch} x {arguments.length} tokens, "
-        f"{torch.get_num_threads()} threads, median of {arguments.rounds}"
+        f"{torch.get_num_threads()} threads, {options.estimator}, median of {arguments.rounds}"
     )
     for name in contenders:
         median = statistics.median(seconds[name])
-        share = (extra[name] - extra["two forward passes"]) / weight_bytes
+        share = (extra[name] - extra[plain]) / weight_bytes
         print(
             f"{name:20} {median:7.3f} s  {median / base:5.2f}x   peak {extra[name] / 2**20:7.1f} "
             f"MiB over the weights, {share:+.2%} of their bytes over inference's"

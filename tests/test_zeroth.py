@@ -204,6 +204,23 @@ def test_one_sided_is_free_of_the_losses_scale():
     assert projected_gradients("one-sided", [1.0, 2.0, 2.0 + 1e-9], 1e-3)[1] == [65504.0, 65504.0]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_several_draws_in_one_go(transposed):
+    """As z itself would give them, in float64; bfloat16 rounds the products alone."""
+    family = make_directions("sign-rank1", [(7, 7), (24, 16)], 3, dtype=torch.bfloat16)
+    draws = [family.draw(step=2, probe=p) for p in range(3)]
+    rows, cols = (16, 24) if transposed else (24, 16)
+    x = torch.randn(6, cols).bfloat16()
+    y, scale = torch.randn(6, rows).bfloat16(), torch.full((6, 1), 0.5, dtype=torch.bfloat16)
+    wanted = y.double()
+    for copy, draw in enumerate(draws):
+        z = draw.dense(1).double()
+        own = slice(2 * copy, 2 * copy + 2)
+        wanted[own] += 0.5 * x[own].double() @ (z if transposed else z.t())
+    family.add_products_(draws, 1, x, y, scale, transposed)
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=0.1)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_what_is_used_is_what_is_stored(estimator, tmp_path):
     losses = np.random.default_rng(0).normal(2, 0.1, 6 if estimator == "two-sided" else 4)

@@ -179,9 +179,16 @@ def _linear(
             f"copies of the batch do not divide. Give step() a closure without a batch."
         )
     unformed = t is not None and structured and not fused
-    if unformed and draws and all(draw is draws[0] for draw, _ in state.groups):
-        draws[0].add_product_(t, xs, ys, state.scales(ys), transposed=conv1d)
-        unformed = False
+    if unformed and draws:
+        perturbed = state.groups[-len(draws) :]  # copies of theta itself come before them
+        n = len(perturbed) * (len(xs) // len(state.groups))
+        parts = xs[-n:], ys[-n:], state.scales(ys)[-n:]
+        if all(draw is draws[0] for draw, _ in perturbed):
+            draws[0].add_product_(t, *parts, transposed=conv1d)
+            unformed = False
+        elif all(draw is not None for draw, _ in perturbed) and draws[0].family.batches(xs):
+            draws[0].family.add_products_(draws, t, *parts, transposed=conv1d)
+            unformed = False
     if not unformed and structured and t_bias is None:
         return y
     per_copy = list(
