@@ -522,10 +522,16 @@ class _Session:
         return found
 
     def evaluate(self, encoded: Any) -> dict[str, Any]:
+        from tinyft.activations import blocks_of
         from tinyft.evaluate import evaluate
+        from tinyft.heap import HeapWatch
 
         size = self.memo.get("eval_batch_size", self.config.batch_size)
-        return evaluate(self.model, self.tokenizer, encoded, batch_size=size)
+        heap = HeapWatch()  # batches of other lengths leave holes; there may be no optimizer yet
+        if self.limit_bytes is not None:
+            heap.hold_below(self.limit_bytes)
+        with heap.before(blocks_of(self.model)):
+            return evaluate(self.model, self.tokenizer, encoded, batch_size=size)
 
     def score_if_due(self, done: int) -> None:
         """At every `eval_every`-th step, unless the books have it from before a resume."""

@@ -90,7 +90,6 @@ class Optimizer(torch.optim.Optimizer):
         clean: after a step that raised an error: whether it left everything as it was before, so
             that it may be taken again.
         heap: bounds the holes that preparing and stepping leave in the heap.
-        n_parts: parts that a step's batch is run in, one after the other.
     """
 
     name: ClassVar[str] = ""
@@ -107,8 +106,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(parameters, defaults)
         self.heap = HeapWatch()
 
-    @property
-    def n_parts(self) -> int:
+    def n_parts(self, size: int) -> int:
+        """Parts that a step's batch of so many examples is run in, one after the other."""
         return 1
 
     @torch.no_grad()
@@ -203,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
     def cost_key(self, batch: ExpandableBatch) -> tuple[Hashable, tuple[int, ...]]:
         """Before a step on a batch: its kind and sizes. Steps of a kind cost FLOPs, renewals apart,
         that are linear in the sizes."""
-        parts = [part.sizes for part in batch.split(self.n_parts)]
+        parts = [part.sizes for part in batch.split(self.n_parts(size_of(batch)))]
         return None, (1, *map(sum, zip(*parts, strict=True)))
 
     @property

@@ -219,8 +219,7 @@ class GradientOptimizer(Optimizer):
 
     # In less memory.
 
-    @property
-    def n_parts(self) -> int:
+    def n_parts(self, size: int) -> int:
         return self.grad_accumulation
 
     def cost_key(self, batch: Any) -> tuple[Hashable, tuple[int, ...]]:

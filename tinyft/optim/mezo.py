@@ -255,13 +255,11 @@ class MeZO(Optimizer):
                     value = closure() if batch is None else closure(batch)
                 values.append(value.double().mean())
             return torch.stack(values).cpu()
-        if self._apart and len(groups) > 1:
-            return torch.cat([self._losses(closure, batch, [group]) for group in groups])
         size = size_of(batch)
-        # The weights are read once for all copies, yet no more rows are alive than in inference.
-        parts = min(size, len(groups) * self.splits)
+        if len(groups) > 1 and not self._rides(size):
+            return torch.cat([self._losses(closure, batch, [group]) for group in groups])
         total = torch.zeros(len(groups), dtype=torch.float64)
-        for part in split(batch, parts):
+        for part in split(batch, self.n_parts(size)):
             expanded = repeated(part, len(groups))
             with self._forward(groups, _rows(expanded)):
                 losses = call_per_example(closure, expanded)
@@ -316,21 +314,27 @@ class MeZO(Optimizer):
 
     # In less memory.
 
-    @property
-    def n_parts(self) -> int:
+    def _rides(self, size: int) -> bool:
+        """Whether all points are evaluated in one batch of copies, an example at a time: they share
+        a read of the weights. As many rows as there are points are as many reads in parts as one
+        point after the other, since no more rows may be alive than in inference."""
+        points = evaluation_points(self.options.estimator, self.options.probes)
+        return size < len(points) and self.splits == 1 and not self._apart
+
+    def n_parts(self, size: int) -> int:
         if self.options.exact or self._scalar_objective:
             return 1
-        points = evaluation_points(self.options.estimator, self.options.probes)
-        return self.splits * (1 if self._apart else len(points))
+        return size if self._rides(size) else min(size, self.splits)
 
     def settings(self, size: int) -> list[dict[str, Any]]:
         """Fewer rows at a time; not where an evaluation needs the whole batch."""
-        found = [{"splits": self.splits}]
-        parts = self.n_parts
-        while not (self.options.exact or self._scalar_objective) and parts < size:
-            parts *= 2
-            found.append({"splits": 2 * found[-1]["splits"]})
-        return found
+        if self.options.exact or self._scalar_objective:
+            return [{"splits": self.splits}]
+        most = max(size, 2) if self._rides(size) else size
+        counts = [self.splits]
+        while counts[-1] < most:
+            counts.append(2 * counts[-1])
+        return [{"splits": count} for count in counts]
 
     @torch.no_grad()
     def probe(self, closure: Callable[..., Tensor], batch: Any) -> int:

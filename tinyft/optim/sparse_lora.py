@@ -247,7 +247,7 @@ class SparseLoRA(LoRA):
         with self._as_dense(batch) if phase == "dense" else nullcontext():
             kind, sizes = super().cost_key(batch)
         if phase == "sparse":
-            parts = batch.split(self.n_parts)
+            parts = batch.split(self.n_parts(batch.size))
             tokens = [Tokens.of_batch(part, self.options.sparse_tokens) for part in parts]
             sizes += sum(len(t.sparse) for t in tokens), sum(len(t.sample[0]) for t in tokens)
         return (phase, kind), sizes
