@@ -36,6 +36,7 @@ TWO, FOUR, EIGHT = (
     {**USUAL, "estimator": "one-sided", "probes": 4},
     {**USUAL, "estimator": "one-sided", "probes": 8},
 )
+CENTRED = {**USUAL, "estimator": "centred", "probes": 5}
 LORA = {"trainable": "lora", "base_bits": 4, "eps": 1e-2}
 DENSE = ("hadamard", "rademacher", "gaussian")
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -43,6 +44,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         *({**FOUR, "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2)),
         *({**TWO, "lr": lr} for lr in (5e-6, 2e-5, 8e-5)),
         *({**EIGHT, "lr": lr} for lr in (3e-3, 6e-3)),
+        *({**CENTRED, "lr": lr} for lr in (3e-3, 6e-3)),
     ],
     "adapters": [
         *({**FOUR, **LORA, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)),

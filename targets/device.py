@@ -364,11 +364,13 @@ class Job:
             _check(found, self.steps)
             return float(found)
 
-        if self.job["config"]["estimator"] == "two-sided":
+        estimator = self.job["config"]["estimator"]
+        if estimator == "two-sided":
             values = np.array([[at(p, eps), at(p, -eps)] for p in probes])
             loss, g = values.mean(), (values[:, 0] - values[:, 1]) / (2 * eps)
         else:  # the losses' differences, in units of their spread
-            loss, values = at(0, 0.0), np.array([at(p, eps) for p in probes])
+            values = np.array([at(p, eps) for p in probes])
+            loss = at(0, 0.0) if estimator == "one-sided" else values.mean()
             spread = values.std(ddof=1)
             g = (values - loss) / spread if spread > 0 else np.zeros(len(values))
             g = np.clip(g, -65504.0, 65504.0).astype(np.float16)  # as in torch, which stores it so

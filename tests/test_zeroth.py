@@ -221,9 +221,21 @@ def test_products_of_several_draws_in_one_go(transposed):
     torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=0.1)
 
 
+def test_centred_is_free_of_what_all_probes_share():
+    """Of curvature, say, which one-sided takes for a slope along every one of them."""
+    probes = np.array([1.0, 1.3, 0.8, 1.1])
+    loss, g = projected_gradients("centred", probes.tolist(), 1e-3)
+    assert loss == pytest.approx(probes.mean()) and sum(g) == pytest.approx(0, abs=1e-3)
+    assert g == pytest.approx((probes - probes.mean()) / probes.std(ddof=1), rel=1e-3)
+    assert projected_gradients("centred", (probes + 40).tolist(), 1e-3)[1] == pytest.approx(g)
+    _, one_sided = projected_gradients("one-sided", [1.0, *(probes + 40)], 1e-3)
+    assert min(one_sided) > 100
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_what_is_used_is_what_is_stored(estimator, tmp_path):
-    losses = np.random.default_rng(0).normal(2, 0.1, 6 if estimator == "two-sided" else 4)
+    points = evaluation_points(estimator, 3)
+    losses = np.random.default_rng(0).normal(2, 0.1, len(points))
     _, used = projected_gradients(estimator, losses.tolist(), 1e-3)
     header = {"probes": 3, "stored_as": STORED_AS[estimator]}
     SeedLog.create(tmp_path / "log", header).append(0.5, used)

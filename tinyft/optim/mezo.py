@@ -95,7 +95,8 @@ class MeZOOptions:
         if self.estimator is None:
             object.__setattr__(self, "estimator", "two-sided" if self.exact else "one-sided")
         if self.probes is None:
-            object.__setattr__(self, "probes", 4 if self.estimator == "one-sided" else 1)
+            probes = {"two-sided": 1, "one-sided": 4, "centred": 5}  # others are a problem
+            object.__setattr__(self, "probes", probes.get(self.estimator, 1))
 
     def problems(self) -> list[str]:
         """What is wrong with these options, one sentence each."""
@@ -110,7 +111,7 @@ class MeZOOptions:
             found.append(
                 f"estimator must be one of {', '.join(ESTIMATORS)}; found {self.estimator!r}."
             )
-        least = 2 if self.estimator == "one-sided" else 1
+        least = 1 if self.estimator == "two-sided" else 2
         if self.probes < least:
             found.append(
                 f"probes must be at least {least} for the {self.estimator} estimator; "
@@ -405,7 +406,7 @@ class MeZO(Optimizer):
         step goes along one direction among them and adds noise along all others. Published for
         OPT-13B's 5,120 channels: 5e-5 (FZOO, one-sided), 1e-7 to 1e-6 (two-sided); best for
         SmolLM2-135M's 576: 3e-3 and 2e-5 (bench/mezo_estimators.py), and for its adapters 1e-2."""
-        rates = cls.default_lr if options.estimator == "one-sided" else cls.two_sided_lr
+        rates = cls.two_sided_lr if options.estimator == "two-sided" else cls.default_lr
         return for_width(rates[trainable], model_config, 2.0 if trainable == "all" else 0.0)
 
     @classmethod
