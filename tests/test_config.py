@@ -65,7 +65,7 @@ def test_gradients_take_larger_rates_on_narrower_models():
 
 def test_mezo_s_rate_falls_with_the_number_of_weights():
     """Published ones for 5,120 channels (FZOO; MeZO's 1e-7 to 1e-6), within twice."""
-    for estimator, published in (("one-sided", 5e-5), ("two-sided", 3e-7)):
+    for estimator, published in (("centred", 5e-5), ("one-sided", 5e-5), ("two-sided", 3e-7)):
         mezo = build(method="mezo", estimator=estimator)
         rate = mezo.with_lr(wide(5120)).lr
         assert 0.5 < rate / published < 2
@@ -79,14 +79,15 @@ def test_mezo_has_probes_by_its_estimator():
         found = build(method="mezo", **options).options
         return found.estimator, found.probes
 
-    assert chosen() == ("one-sided", 4) and chosen(probes=8) == ("one-sided", 8)
+    assert chosen() == ("centred", 5) and chosen(probes=8) == ("centred", 8)
+    assert chosen(estimator="one-sided") == ("one-sided", 4)
     assert chosen(estimator="two-sided") == chosen(exact=True) == ("two-sided", 1)
     assert "one probe" in problems(method="mezo", exact=True, probes=2)
 
 
 def test_a_name_of_two_meanings_is_one_flag_that_says_both():
     (flag,) = (flag for flag in flags() if flag.name == "estimator")
-    assert {"two-sided", "one-sided", "sample", "svd"} == set(flag.choices)
+    assert {"two-sided", "one-sided", "centred", "sample", "svd"} == set(flag.choices)
     assert flag.methods == ("mezo", "roste_mezo", "sparse_lora")
     for text in ("mezo and roste_mezo: gradient estimator", "sparse_lora: channels"):
         assert text in flag.help

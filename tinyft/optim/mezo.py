@@ -1,8 +1,8 @@
 """MeZO: fine-tuning with forward passes only.
 
-"Fine-Tuning Language Models with Just Forward Passes" (NeurIPS 2023), algorithm 1, and FZOO's
-normalised one-sided estimator. With z ~ (0, I), pg = (L(theta + eps z) - L(theta - eps z)) / 2 eps,
-theta <- theta - lr (pg z + wd theta).
+"Fine-Tuning Language Models with Just Forward Passes" (NeurIPS 2023), algorithm 1: with z ~ (0, I),
+pg = (L(theta + eps z) - L(theta - eps z)) / 2 eps, theta <- theta - lr (pg z + wd theta). And with
+one-sided estimates over several z, in units of their spread (FZOO), which are the default here.
 
 What differs from the published procedure, which `exact=True` follows to the bit:
 
@@ -77,12 +77,13 @@ class MeZOOptions:
     estimator: str | None = field(
         default=None,
         metadata={
-            "help": "gradient estimator (default: one-sided; exact, two-sided)",
+            "help": "gradient estimator (default: centred; exact, two-sided)",
             "choices": ESTIMATORS,
         },
     )
     probes: int | None = field(
-        default=None, metadata={"help": "directions a step (default: 4; two-sided, 1)"}
+        default=None,
+        metadata={"help": "directions a step (default: 5; one-sided, 4; two-sided, 1)"},
     )
     momentum: float = field(
         default=0.0, metadata={"help": "heavy-ball momentum, recomputed from the seed log"}
@@ -93,7 +94,7 @@ class MeZOOptions:
 
     def __post_init__(self) -> None:
         if self.estimator is None:
-            object.__setattr__(self, "estimator", "two-sided" if self.exact else "one-sided")
+            object.__setattr__(self, "estimator", "two-sided" if self.exact else "centred")
         if self.probes is None:
             probes = {"two-sided": 1, "one-sided": 4, "centred": 5}  # others are a problem
             object.__setattr__(self, "probes", probes.get(self.estimator, 1))
@@ -139,8 +140,8 @@ class MeZO(Optimizer):
 
     Args:
         model: evaluated in eval mode (no dropout) whatever mode it is in.
-        lr: learning rate: one-sided, about how far a step moves each weight; published rates of
-            MeZO are for two-sided ones. `weight_decay` is decoupled and skips vectors.
+        lr: learning rate: about twice as far as a step moves each weight; published rates of MeZO
+            are for two-sided estimates. `weight_decay` is decoupled and skips vectors.
         seed: 64-bit key of all directions.
         Others: see `MeZOOptions`.
 
@@ -150,7 +151,7 @@ class MeZO(Optimizer):
     """
 
     Options = MeZOOptions
-    default_lr = {"all": 6e-5, "lora": 1e-2, "prefix": 1e-2}  # noqa: RUF012
+    default_lr = {"all": 1e-4, "lora": 1e-2, "prefix": 1e-2}  # noqa: RUF012
     two_sided_lr: ClassVar[Mapping[str, float]] = {"all": 4e-7, "lora": 1e-4, "prefix": 1e-2}
     uses_gradients = False
     layers_alike = True
@@ -159,7 +160,7 @@ class MeZO(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 3e-3,
+        lr: float = 5e-3,
         *,
         eps: float = 1e-3,
         directions: str = "sign-rank1",
@@ -405,7 +406,8 @@ class MeZO(Optimizer):
         """Of all weights one that falls with their number, hence with the square of the width: a
         step goes along one direction among them and adds noise along all others. Published for
         OPT-13B's 5,120 channels: 5e-5 (FZOO, one-sided), 1e-7 to 1e-6 (two-sided); best for
-        SmolLM2-135M's 576: 3e-3 and 2e-5 (bench/mezo_estimators.py), and for its adapters 1e-2."""
+        SmolLM2-135M's 576: 3e-3 (one-sided) to 6e-3 (centred), 2e-5 (two-sided), and for its
+        adapters 1e-2 (bench/mezo_estimators.py)."""
         rates = cls.two_sided_lr if options.estimator == "two-sided" else cls.default_lr
         return for_width(rates[trainable], model_config, 2.0 if trainable == "all" else 0.0)
 
