@@ -7,7 +7,7 @@ one-sided estimates over several z, in units of their spread (FZOO), which are t
 What differs from the published procedure, which `exact=True` follows to the bit:
 
 * weights are read-only while the loss is evaluated: z enters the forward pass (`zeroth.forward`),
-  so nothing drifts, and both signs or several probes ride in one batch;
+  so nothing drifts, and several signs and probes may ride in one batch;
 * z comes from a counter-based generator, not from torch's stream, in one of four families
   (`zeroth.directions`); the default costs a dot product and an outer product a linear layer;
 * 16-bit weights are updated with stochastic rounding, so that small updates are kept on average;
@@ -219,7 +219,8 @@ class MeZO(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Tensor] | None = None, batch: Any = None) -> Tensor:
-        """One step; see `Optimizer.step`. Two-sided, the loss is the mean of both signs'."""
+        """One step; see `Optimizer.step`. The loss is that of all points, in the mean; one-sided,
+        that at theta."""
         if closure is None:
             raise InputError(
                 "MeZO evaluates the loss itself: call step(lambda: loss_fn(model, batch)). In the "
