@@ -366,10 +366,10 @@ class Job:
 
         estimator = self.job["config"]["estimator"]
         if estimator == "two-sided":
-            values = np.array([[at(p, eps), at(p, -eps)] for p in probes])
+            values = np.array([[at(p, eps), at(p, -eps)] for p in probes], np.float64)
             loss, g = values.mean(), (values[:, 0] - values[:, 1]) / (2 * eps)
         else:  # the losses' differences, in units of their spread
-            values = np.array([at(p, eps) for p in probes])
+            values = np.array([at(p, eps) for p in probes], np.float64)
             loss = at(0, 0.0) if estimator == "one-sided" else values.mean()
             spread = values.std(ddof=1)
             g = (values - loss) / spread if spread > 0 else np.zeros(len(values))
