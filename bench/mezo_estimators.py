@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ TWO, FOUR, EIGHT = (
 )
 CENTRED = {**USUAL, "estimator": "centred", "probes": 5}
 LORA = {"trainable": "lora", "base_bits": 4, "eps": 1e-2}
-DENSE = ("hadamard", "rademacher", "gaussian")
+OTHERS = ("hadamard", "rademacher", "gaussian")
 ROWS: dict[str, list[dict[str, Any]]] = {
     "estimators": [
         *({**FOUR, "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2)),
@@ -51,16 +52,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {**FOUR, **LORA, "lr": 1e-2, "eps": 1e-3},
     ],
     "schedules": [{**FOUR, "lr": 3e-3, "schedule": "constant"}],
-    "families": [{**FOUR, "directions": name, "lr": 3e-3} for name in DENSE],
+    "families": [{**FOUR, "directions": name, "lr": 3e-3} for name in OTHERS],
 }
 
 
-def line_of(task: str, row: dict[str, Any], output: Path) -> dict[str, Any]:
+def line_of(row: dict[str, Any], output: Path) -> dict[str, Any]:
     """What a finished run leaves in the CSV."""
     report = json.loads((output / "report.json").read_text())
     before, after, got = report["eval"]["before"], report["eval"]["after"], report["measured"]
     return {
-        **{name: {"task": task, **row}[name] for name in KEY},
+        **{name: row[name] for name in KEY},
         "loss_before": round(before["loss"], 4),
         "loss": round(after["loss"], 4),
         "accuracy_before": before.get("accuracy", ""),
@@ -73,9 +74,9 @@ def line_of(task: str, row: dict[str, Any], output: Path) -> dict[str, Any]:
     }
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """A folder's name, from what tells rows apart."""
-    return "-".join(str(row[name]) for name in KEY[1:])
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """What tells rows apart."""
+    return tuple(str(row[name]) for name in KEY)
 
 
 def main() -> None:
@@ -84,16 +85,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--runs", type=Path, default=Path("runs/mezo-estimators"))
     arguments = parser.parse_args()
-    for row in (row for name in arguments.rows for row in ROWS[name]):
-        for task in arguments.tasks:
-            done = {tuple(str(line[name]) for name in KEY) for line in kept(RESULTS)}
-            if tuple(str({"task": task, **row}[name]) for name in KEY) in done:
-                continue
-            folder = arguments.runs / task
-            rows = held_out(task, slice(HELD_OUT), folder / "dev.jsonl")
-            config = {**COMMON, **row, "data": f"{task}:train", "eval_data": str(rows)}
-            train(as_flags(config), folder / name_of(row))
-            add(line_of(task, row, folder / name_of(row)), RESULTS, *KEY)
+    for name, task in product(arguments.rows, arguments.tasks):
+        folder = arguments.runs / task
+        rows = held_out(task, slice(HELD_OUT), folder / "dev.jsonl")
+        common = {**COMMON, "data": f"{task}:train", "eval_data": str(rows)}
+        for options in ROWS[name]:
+            row = {"task": task, **options}
+            if key_of(row) not in map(key_of, kept(RESULTS)):
+                output = folder / "-".join(key_of(row)[1:])
+                train(as_flags({**common, **options}), output)
+                add(line_of(row, output), RESULTS, *KEY)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ TASKS: dict[str, dict[str, Any]] = {
     "e2e": {"steps": 60, "zeroth": 100, "max_length": 128, "held_out": 100},
 }
 PLAIN = "16 bits"
+CONSTANT = ["--schedule=constant"]
 TRAINED = {
     "STE": ["--method=roste", "--rotations=none", "--lr=5e-5"],
     "STE, all rotations": ["--method=roste", "--rotations=all", "--lr=5e-5"],
     "RoSTE": ["--method=roste", "--rotations=adaptive", "--lr=5e-5"],
     "RoSTE, groups of 64": ["--method=roste", "--group=64", "--lr=5e-5"],
     "RoSTE, frozen int4": ["--method=roste", "--trainable=lora", "--lr=1e-3"],
-    "RoSTE, MeZO": ["--method=roste_mezo", "--estimator=two-sided", "--lr=5e-5"],
+    "RoSTE, MeZO": ["--method=roste_mezo", "--estimator=two-sided", "--lr=5e-5", *CONSTANT],
 }
 ROUNDED = {"RTN": ["--rotations=none", "--clip=1"], "rotation + RTN": ["--rotations=all"]}
 GPTQ = "GPTQ"

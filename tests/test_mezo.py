@@ -386,7 +386,7 @@ def test_dropout_is_off_during_the_step_and_back_on_after_it():
     modes = []
     optimizer = tinyft.MeZO(model, lr=0.0)
     optimizer.step(lambda: modes.append(model[1].training) or model(torch.ones(1, 4)).sum())
-    assert modes == [False] * 5  # theta and four probes
+    assert modes == [False] * 5  # five probes
     assert model[1].training
 
 

@@ -335,8 +335,7 @@ class _Session:
         optimizer = self.optimizer = method.attach(self.model, self.config)
         self.keeps_state = self.folder is not None and not method.keeps_log
         self.model.train(method.uses_gradients)
-        if self.limit_bytes is not None and self.meter.device == "cpu":
-            optimizer.heap.hold_below(_NEAR * self.limit_bytes)
+        self.hold(optimizer.heap)
         optimizer.prepare(
             self.loss,
             (self.batches[i].to(self.meter.device) for i in range(len(self.batches))),
@@ -528,10 +527,14 @@ class _Session:
 
         size = self.memo.get("eval_batch_size", self.config.batch_size)
         heap = HeapWatch()  # batches of other lengths leave holes; there may be no optimizer yet
-        if self.limit_bytes is not None:
-            heap.hold_below(self.limit_bytes)
+        self.hold(heap)
         with heap.before(blocks_of(self.model)):
             return evaluate(self.model, self.tokenizer, encoded, batch_size=size)
+
+    def hold(self, heap: Any) -> None:
+        """Let no holes in the heap break a limit on the process's memory."""
+        if self.limit_bytes is not None and self.meter.device == "cpu":
+            heap.hold_below(_NEAR * self.limit_bytes)
 
     def score_if_due(self, done: int) -> None:
         """At every `eval_every`-th step, unless the books have it from before a resume."""

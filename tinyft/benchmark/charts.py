@@ -85,6 +85,11 @@ def number(value: float, metric: str = "") -> str:
     return f"{value:.1%}" if metric == "accuracy" else f"{value:.3g}"
 
 
+def tick(value: float, metric: str) -> str:
+    """A value beside an axis."""
+    return f"{value:.0%}" if metric == "accuracy" else f"{value:g}"
+
+
 def power(value: float) -> str:
     """`3e12` -> `3·10¹²`."""
     exponent = math.floor(math.log10(value))
@@ -197,7 +202,7 @@ class Quality:
         return ticks(*sorted((self.worst, self.best)), log=self.log)
 
     def text(self, value: float) -> str:
-        return f"{value:.0%}" if self.metric == "accuracy" else f"{value:g}"
+        return tick(value, self.metric)
 
 
 def ticks(low: float, high: float, *, log: bool) -> list[float]:

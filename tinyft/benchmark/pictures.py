@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyft.benchmark.charts import COSTS, Quality, Style, number, styles
+from tinyft.benchmark.charts import COSTS, Quality, Style, number, styles, tick
 from tinyft.benchmark.summary import HIGHER, Choice, Point, front
 from tinyft.plots import blank, plain
 
@@ -139,12 +139,8 @@ def planner(path: Path, choices: Sequence[Choice]) -> None:
         axes.set_ylim(len(here) - 0.5, -0.5)
         axes.margins(x=0.35)
         axes.set_xlabel(metric, color=_INK)
-        axes.xaxis.set_major_formatter(lambda value, _, metric=metric: _short(value, metric))
+        axes.xaxis.set_major_formatter(lambda value, _, metric=metric: tick(value, metric))
         if metric not in HIGHER:
             axes.invert_xaxis()
         plain(axes)
     figure.savefig(path, format="png")
-
-
-def _short(value: float, metric: str) -> str:
-    return f"{value:.0%}" if metric == "accuracy" else f"{value:g}"
