@@ -177,6 +177,9 @@ def tinyft_side(model: Any, args: argparse.Namespace) -> Callable[[Any], float]:
 def other_side(model: Any, args: argparse.Namespace) -> Callable[[Any], float]:
     import torch
 
+    from tinyft.kernels import cpu_products
+
+    cpu_products.remove()  # torch as it comes
     if args.worker == "peft":
         from peft import PeftModel
 

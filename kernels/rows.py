@@ -161,7 +161,7 @@ class _SomeLinear(torch.autograd.Function):
         if inner is not None:
             grad_inner = (grad @ B.to(grad.dtype)).mul_(scale)
             grad_A = (grad_inner.t() @ x).to(A.dtype) if ctx.needs_input_grad[5] else None
-            grad_B = (grad.t() @ inner).to(B.dtype) if ctx.needs_input_grad[6] else None
+            grad_B = (inner.t() @ grad).t().to(B.dtype) if ctx.needs_input_grad[6] else None
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, grad_A, grad_B, None, None
         if by_rows and exact:

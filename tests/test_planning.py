@@ -119,7 +119,7 @@ class Drawing:
 def test_what_this_machine_draws_is_measured(job, monkeypatch):
     """And so energy can be limited; a file of before counters could be read does not stand."""
     from tinyft.guard import EnergyMeter
-    from tinyft.kernels import widened
+    from tinyft.kernels import cpu_products
 
     monkeypatch.setattr(EnergyMeter, "where_readable", lambda: None)
     without = machine._fingerprint()
@@ -129,7 +129,7 @@ def test_what_this_machine_draws_is_measured(job, monkeypatch):
     try:
         found = machine._measure()
     finally:
-        widened.remove()
+        cpu_products.remove()
     assert found.power_w > 0
     here = dataclasses.replace(found, memory_bytes=1 << 40, startup_s=0.0, power_w=10.0)
     monkeypatch.setattr(planning, "this_machine", lambda: here)

@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +49,7 @@ class Machine:
         bandwidth_bytes_per_s: reached.
         overhead_s: of one operation, whatever its size.
         startup_s: before anything is read.
+        compiled_dtypes: whose products oneDNN multiplies, which keeps a program for every shape.
         power_w: drawn under load, or None if unknown.
     """
 
@@ -60,6 +61,7 @@ class Machine:
     bandwidth_bytes_per_s: float
     overhead_s: float
     startup_s: float = 0.0
+    compiled_dtypes: Sequence[str] = ("bfloat16", "float16")
     power_w: float | None = None
 
     def seconds(self, work: Work) -> float:
@@ -167,7 +169,7 @@ def _fingerprint() -> str:
     lie: the same versions took 441 MiB from one virtual environment and 452 from another; and of
     whether energy could be measured."""
     from tinyft.guard import EnergyMeter
-    from tinyft.kernels import widened
+    from tinyft.kernels import cpu_products
 
     libraries = [
         next((d.version for d in metadata.distributions(name=name)), None)
@@ -183,7 +185,8 @@ def _fingerprint() -> str:
         sys.prefix,
         threads,
         *libraries,
-        *map(str, widened.missing()),
+        *map(str, cpu_products.missing()),
+        *map(str, cpu_products.slow_in_mkl()),
         *(["energy"] if EnergyMeter.where_readable() else []),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -201,7 +204,7 @@ def _measure() -> Machine:
     from tinyft.data import Batch
     from tinyft.dry_run import DryRun
     from tinyft.guard import EnergyMeter
-    from tinyft.kernels import widened
+    from tinyft.kernels import cpu_products
     from tinyft.losses import objective
     from tinyft.memory import resident_bytes, trim
     from tinyft.optim.lora import LoRA
@@ -244,7 +247,7 @@ def _measure() -> Machine:
     trim()
     packing_bytes = resident_bytes() - before_packing
 
-    widened.install()  # as a run does
+    cpu_products.install()  # as a run does
     rates, meter, began = {}, EnergyMeter.where_readable(), perf_counter()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, w = torch.ones(512, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
@@ -252,9 +255,11 @@ def _measure() -> Machine:
         rates[str(dtype)[6:]] = 2 * 512 * 768 * 2048 / seconds
     # Of a machine that is busy with products alone, and 0 where counters stand still.
     power_w = meter.joules() / (perf_counter() - began) if meter else None
-    for dtype in widened.missing():  # multiplied as float32: faster only by the clock's noise
+    missing = cpu_products.missing()
+    for dtype in missing:  # multiplied as float32: faster only by the clock's noise
         name = str(dtype)[6:]
         rates[name] = min(rates[name], rates["float32"])
+    native = {torch.bfloat16, torch.float16}.difference(missing).union(cpu_products.slow_in_mkl())
     # Larger than most caches, and little where little is allowed.
     block = torch.ones(min(64 << 20, available_bytes() // 32))
     bandwidth = 3 * 4 * block.numel() / time_of(lambda: torch.add(block, block, out=block))
@@ -267,6 +272,7 @@ def _measure() -> Machine:
         bandwidth_bytes_per_s=bandwidth,
         overhead_s=median(overheads),
         startup_s=startup_s,
+        compiled_dtypes=sorted(str(dtype)[6:] for dtype in native),
         power_w=power_w or None,
     )
 

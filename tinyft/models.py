@@ -26,7 +26,7 @@ from tinyft import adapters, prefix
 from tinyft.checkpoint import fsync_path, is_disk_full, write_directory_atomic
 from tinyft.data import Encoded, pad_id
 from tinyft.errors import InputError, TransientError
-from tinyft.kernels import widened
+from tinyft.kernels import cpu_products
 from tinyft.memory import bound_compiled_products
 from tinyft.packing import pack
 from tinyft.references import Source, explained, lineage, locate, quiet
@@ -124,7 +124,7 @@ def load(
         if base_bits < 16:
             pack(model, base_bits, DTYPES[dtype], device)
         model.to(device)
-    widened.install_for(model)
+    cpu_products.install_for(model)
     _check_vocabulary(model, tokenizer, source)
     _fault_in(model)
     return Loaded(
@@ -292,7 +292,7 @@ def _load_packed(source: Source, dtype: str, device: str, seed: int) -> Loaded:
         )
     tokenizer = load_tokenizer(source)
     model.to(device)
-    widened.install_for(model)
+    cpu_products.install_for(model)
     return Loaded(
         model, tokenizer, source.ref, "causal", source.path, source.own_ref, stored, 4, None, seed
     )

@@ -316,7 +316,7 @@ def _cost(found: Trace, config: TrainConfig, job: Job, machine: Machine) -> Cost
     process += machine.packing_bytes if in_pieces else 0
     passing = sum(n for kind, n in found.bytes_by_kind.items() if kind not in _LASTING)
     scratch = _SCRATCH_BYTES
-    scratch += _COMPILED_BYTES if config.dtype != "float32" else 0
+    scratch += _COMPILED_BYTES if config.dtype in machine.compiled_dtypes else 0
     packed = METHODS[config.method].packs_base and config.trainable == "lora"
     scratch += _UNPACKED_BYTES if in_pieces or packed else 0
     scratch = min(scratch, found.bytes_by_kind["weights"] // 2)

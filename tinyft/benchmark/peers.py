@@ -41,7 +41,7 @@ def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
     from tinyft.evaluate import evaluate
     from tinyft.guard import EnergyMeter
     from tinyft.inputs import pick_device, read_source
-    from tinyft.kernels import widened
+    from tinyft.kernels import cpu_products
     from tinyft.memory import PeakMeter, trim
     from tinyft.models import kind_of, load
     from tinyft.report import hardware, versions
@@ -63,7 +63,7 @@ def repeat(label: str, config: TrainConfig) -> dict[str, Any]:
         num_labels=len(train.items[0].choices) or None if encoder else None,
         seed=config.seed,
     )
-    widened.remove()  # a peer has torch as it comes
+    cpu_products.remove()  # a peer has torch as it comes
     model, tokenizer = loaded.model, loaded.tokenizer
     shape = {"max_length": config.max_length, "encoder": encoder}
     encoded = encode(train, tokenizer, objective=config.objective, **shape)

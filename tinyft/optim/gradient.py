@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from tinyft.activations import MODES, keeping
 from tinyft.errors import InputError
 from tinyft.importance import sweep, undisturbed
-from tinyft.kernels import widened
+from tinyft.kernels import cpu_products
 from tinyft.kernels.chunked_cross_entropy import using_rows
 from tinyft.memory import reuse_heap
 from tinyft.optim.base import Optimizer, call_per_example, check_finite, size_of, split
@@ -82,7 +82,7 @@ class GradientOptimizer(Optimizer):
         self.steps = 0
         self._places = {p: i for i, (_, p) in enumerate(self._named())}
         reuse_heap()
-        widened.install_for(model)
+        cpu_products.install_for(model)
 
     @staticmethod
     def arguments(config: Any) -> dict[str, Any]:

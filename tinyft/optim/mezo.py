@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tinyft import adapters, prefix
 from tinyft.activations import blocks_of, without_cache
 from tinyft.errors import InputError
-from tinyft.kernels import widened
+from tinyft.kernels import cpu_products
 from tinyft.memory import reuse_heap
 from tinyft.modules import evaluating
 from tinyft.optim.base import (
@@ -197,7 +197,7 @@ class MeZO(Optimizer):
         self.parameters = [p for _, p in named]
         super().__init__(self.parameters, {"lr": lr, "weight_decay": weight_decay})
         reuse_heap()
-        widened.install_for(model)
+        cpu_products.install_for(model)
         self.model, self.seed, self.steps_taken = model, seed, 0
         self.log: SeedLog | None = None
         first = self.parameters[0]

@@ -1,13 +1,13 @@
-"""16-bit products on this CPU: torch's own, ours in float32 blocks, and float32 as it comes.
+"""Products on this CPU: torch's own, and ours (16 bits in float32 blocks, float32 by oneDNN).
 
-    python bench/widened.py [--threads 1] [--rounds 7] [--attention]
+    python bench/cpu_products.py [--threads 1] [--rounds 7] [--attention | --float32]
 
 The shapes are SmolLM2-135M's at a few tokens: a layer's forward product, its gradients to the input
 and to the weight, the vocabulary's, a batched product, and attention's backward pass; with
-`--attention` that alone, in rows of 16 to 512 tokens, 512 in all, and with other models' heads. One
-process, the three in turn, medians. Where a CPU multiplies 16-bit numbers itself nothing would be
-installed; the bench installs it regardless and says so. Writes `results/widened.csv`, or
-`results/widened_attention.csv`.
+`--attention` that alone, in rows of 16 to 512 tokens, 512 in all, and with other models' heads;
+with `--float32` products of float32, adapters' among them. One process, all ways in turn, medians.
+Where a CPU is quick itself nothing would be installed; the bench installs it regardless.
+Writes `results/cpu_products.csv`, or one with `_attention` or `_float32` in its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from commands import keep
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from tinyft.kernels import widened
+from tinyft.kernels import cpu_products
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
@@ -70,7 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--attention", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--attention", action="store_true")
+    what.add_argument("--float32", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cases: list[Case] = [
@@ -78,29 +80,39 @@ def main() -> None:
         *layer(64, 576, 1536),
         *layer(1, 576, 1536)[:1],
         *layer(256, 576, 49152),
-        ("bmm 72 x 128 x 64 x 128", 2.0 * 72 * 128 * 64 * 128, bmm),
-        attention(8, 9, 128, 64),
     ]
     if arguments.attention:
         heads = ((9, 64), (12, 32), (8, 128))  # SmolLM2's, MiniLM's, and of many larger models
         lengths = (16, 32, 64, 128, 256, 512)
         cases = [attention(512 // n, h, n, size) for h, size in heads for n in lengths]
-    names = ", ".join(str(d)[6:] for d in widened.missing()) or "nothing: it has them"
-    print(f"{arguments.threads} threads; this CPU lacks products of {names}")
-    print("| product | torch's bfloat16 | widened | float32 | widened over torch's |")
-    print("|---|---|---|---|---|")
+    elif arguments.float32:
+        cases += [*layer(16, 576, 576), *layer(1024, 576, 8), *layer(1024, 8, 1536)]
+    else:
+        cases += [
+            ("bmm 72 x 128 x 64 x 128", 2.0 * 72 * 128 * 64 * 128, bmm),
+            attention(8, 9, 128, 64),
+        ]
+    slow = cpu_products.slow_in_mkl() if arguments.float32 else cpu_products.missing()
+    names = ", ".join(str(d)[6:] for d in slow) or "nothing"
+    lacks = "is slow by itself at products of" if arguments.float32 else "lacks products of"
+    print(f"{arguments.threads} threads; this CPU {lacks} {names}")
+    dtype = torch.float32 if arguments.float32 else DTYPE
+    installed = ((), (), (dtype,)) if arguments.float32 else ((dtype,),)
+    ways = ["torch", "ours"] if arguments.float32 else ["torch", "ours", "float32"]
+    print(f"| product, {str(dtype)[6:]} | {' | '.join(ways)} | ours over torch's |")
+    print("|---" * (len(ways) + 2) + "|")
     lines = []
     for name, flops, make in cases:
-        times: dict[str, list[float]] = {"torch": [], "widened": [], "float32": []}
-        half, single = make(DTYPE), make(torch.float32)
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        runs = {way: make(torch.float32 if way == "float32" else dtype) for way in ways}
         for round_ in range(arguments.rounds + 1):
-            for way, run in (("torch", half), ("widened", half), ("float32", single)):
-                if way == "widened":
-                    widened.install((DTYPE,))
+            for way in ways:
+                if way == "ours":
+                    cpu_products.install(*installed)
                 began = perf_counter()
-                run()
+                runs[way]()
                 seconds = perf_counter() - began
-                widened.remove()
+                cpu_products.remove()
                 if round_:
                     times[way].append(seconds)
         rates = {way: flops / median(found) / 1e9 for way, found in times.items()}
@@ -109,11 +121,12 @@ def main() -> None:
             | {f"{way}_gflop_per_s": round(rate, 1) for way, rate in rates.items()}
         )
         print(
-            f"| {name} | {rates['torch']:.1f} | {rates['widened']:.1f} | {rates['float32']:.1f} "
-            f"| {rates['widened'] / rates['torch']:.1f}x |",
+            f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates.values())} "
+            f"| {rates['ours'] / rates['torch']:.2f}x |",
             flush=True,
         )
-    keep(lines, RESULTS / f"widened{'_attention' if arguments.attention else ''}.csv")
+    part = "_attention" if arguments.attention else "_float32" if arguments.float32 else ""
+    keep(lines, RESULTS / f"cpu_products{part}.csv")
 
 
 if __name__ == "__main__":
