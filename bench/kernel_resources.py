@@ -77,7 +77,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], object]]]:
                         partial(run, x, weight, z, scales, None),
                     )
             dither = empty(1 << 16, dtype=torch.int32)
-            update = partial(gpu_perturbed_linear.subtract_, w, z, 1e-3, 1.0, 0, dither, 0)
+            terms = [(perturbed_linear.Direction(kind, 1, 2, 3, probe), 1e-3) for probe in range(5)]
+            update = partial(gpu_perturbed_linear.subtract_, w, terms, 1.0, 0, dither, 0)
             yield f"update {kind} {name}", update
         for n in (IN, OUT, 8192, 14336):
             x = empty(512, n, dtype=dtype)

@@ -37,7 +37,7 @@ from tinyft.kernels.perturbed_linear import (
     KINDS,
     Direction,
     perturbed_linear,
-    subtract_direction_,
+    subtract_directions_,
 )
 from tinyft.kernels.sparse_linear import (
     sparse_gate_up,
@@ -141,11 +141,11 @@ def perturbed(name: str, dtype: torch.dtype) -> Iterator[Case]:
         ours, theirs = w.clone(), w.clone()
         z = Direction(kind, 1, 2, 3)
         yield Case(
-            f"subtract_direction_ {kind}",
+            f"subtract_directions_ {kind}",
             f"{INNER} x {D}",
             name,
-            traffic.subtract_direction(kind, INNER, D, dtype.itemsize),
-            partial(subtract_direction_, ours, z, 1e-6),
+            traffic.subtract_directions(kind, INNER, D, dtype.itemsize),
+            partial(subtract_directions_, ours, [(z, 1e-6)]),
             lambda kind=kind, w=theirs: w.sub_(drawn(kind, INNER, D).to(dtype), alpha=1e-6),
         )
 

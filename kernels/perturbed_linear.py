@@ -88,6 +88,9 @@ class Direction:
         }
 
 
+Terms = Sequence[tuple[Direction, float]]
+
+
 def perturbed_linear_ref(
     x: Tensor, weight: Weight, z: Direction, scales: Sequence[float], *, bias: Tensor | None = None
 ) -> Tensor:
@@ -196,21 +199,21 @@ def perturbed_linear(
     return run(x, weight, z, scales, bias=bias)
 
 
-def subtract_direction_ref_(
+def subtract_directions_ref_(
     w: Tensor,
-    z: Direction,
-    c: float,
+    terms: Terms,
     *,
     decay: float = 0.0,
     start: int = 0,
     dither: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """`subtract_direction_` in plain torch."""
+    """`subtract_directions_` in plain torch."""
     wide = w.float() if w.dtype.itemsize == 2 else w
     if decay:
         wide.mul_(1.0 - decay)
-    wide.sub_(z.rows(start, start + w.shape[0], w.shape[1], w.device), alpha=c)
+    for z, c in terms:
+        wide.sub_(z.rows(start, start + w.shape[0], w.shape[1], w.device), alpha=c)
     if wide is w:
         return w
     if dither is None:
@@ -222,26 +225,24 @@ def subtract_direction_ref_(
     return w.copy_(wide)
 
 
-def subtract_direction_triton_(
+def subtract_directions_triton_(
     w: Tensor,
-    z: Direction,
-    c: float,
+    terms: Terms,
     *,
     decay: float = 0.0,
     start: int = 0,
     dither: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """`subtract_direction_` as one Triton kernel."""
+    """`subtract_directions_` as one Triton kernel."""
     from tinyft.kernels.gpu import perturbed_linear as gpu
 
-    return gpu.subtract_(w, z, c, 1.0 - decay, start, dither, offset)
+    return gpu.subtract_(w, terms, 1.0 - decay, start, dither, offset)
 
 
-def subtract_direction_(
+def subtract_directions_(
     w: Tensor,
-    z: Direction,
-    c: float,
+    terms: Terms,
     *,
     decay: float = 0.0,
     start: int = 0,
@@ -249,17 +250,17 @@ def subtract_direction_(
     offset: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """`w = (1 - decay) w - c Z[start : start + len(w)]` in place.
+    """`w = (1 - decay) w - sum_k c_k Z_k[start : start + len(w)]` in place.
 
-    float32 weights round each of the two terms once, so that with random signs every
+    float32 weights round each term once, in their order, so that with random signs every
     implementation gives the same bits. 16-bit weights are updated in float32 and then rounded: to
     nearest, or stochastically by adding random bits below the last kept one (a float's bits order
     as integers) and truncating. float16 numbers below 2^-14 round to nearest.
 
     Args:
         w: `(n, cols)`, contiguous: a block of rows of the weight.
-        z: the direction of this weight.
-        c: learning rate times projected gradient.
+        terms: (Z, c): directions of this weight, of one kind and seed, and learning rate times
+            projected gradient.
         decay: decoupled weight decay, lr * wd.
         start: the block's first row in the weight.
         dither: `(>= 65536,)` int32, uniform 16-bit numbers, taken in turn by the elements of the
@@ -272,6 +273,6 @@ def subtract_direction_(
     """
     assert w.dim() == 2 and w.is_contiguous()
     with torch.no_grad():
-        chosen = choose("subtract_direction_", impl, w, dither)
-        run = subtract_direction_triton_ if chosen == "triton" else subtract_direction_ref_
-        return run(w, z, c, decay=decay, start=start, dither=dither, offset=offset)
+        chosen = choose("subtract_directions_", impl, w, dither)
+        run = subtract_directions_triton_ if chosen == "triton" else subtract_directions_ref_
+        return run(w, terms, decay=decay, start=start, dither=dither, offset=offset)

@@ -68,12 +68,12 @@ def perturbed_linear(
     return Traffic(read, m * out * itemsize, flops)
 
 
-def subtract_direction(kind: str, rows: int, cols: int, itemsize: int) -> Traffic:
-    """`subtract_direction_`, 16-bit weights rounded stochastically."""
-    size, read = rows * cols * itemsize, 0
+def subtract_directions(kind: str, rows: int, cols: int, itemsize: int, count: int = 1) -> Traffic:
+    """`subtract_directions_` of `count` terms, 16-bit weights rounded stochastically."""
+    size, read = rows * cols * itemsize, 20 * count  # counters and factors
     read += TABLE_BYTES if kind == "gaussian" else 0
     read += DITHER_BYTES if itemsize == 2 else 0
-    return Traffic(size + read, size, 3 * rows * cols)
+    return Traffic(size + read, size, (1 + 2 * count) * rows * cols)
 
 
 def sparse_linear(m: int, selected: int, cols: int, itemsize: int, bits: int = 16) -> Traffic:

@@ -71,15 +71,16 @@ def test_what_has_no_kernel_stays_in_torch(choose):
     assert "perturbed_linear" not in dispatch.ran
 
 
-def updated(shape, kind, dtype, choose):
+def updated(shape, kind, dtype, choose, probes=1):
     """What torch's and Triton's update make of one tensor among others."""
     shapes = [(3, 2), (9,), shape]
-    draw = make_directions(kind, shapes, 3, DEVICE).draw(2, 1)
+    family = make_directions(kind, shapes, 3, DEVICE)
+    terms = [(family.draw(2, probe), 1e-3 * probe) for probe in range(1, 1 + probes)]
     for impl in ("torch", "triton"):
         choose(impl)
         tensors = [random(*s, seed=t).to(dtype) for t, s in enumerate(shapes)]
-        update.update_(tensors, [(draw, 1e-3)], decay=1e-2)
-        assert dispatch.ran["subtract_direction_"] == f"{impl} (asked for)"
+        update.update_(tensors, terms, decay=1e-2)
+        assert dispatch.ran["subtract_directions_"] == f"{impl} (asked for)"
         yield tensors[-1]
 
 
@@ -94,6 +95,13 @@ def test_update_in_blocks(kind, dtype, choose, monkeypatch):
     else:
         ulp = torch.finfo(dtype).eps * expected.float().abs() + 1e-9
         assert ((found.float() - expected.float()).abs() <= ulp).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["sign-rank1", "rademacher"])
+def test_update_of_several_probes(kind, dtype, choose):
+    """In one kernel, rounded once: the bits of one after the other in float32."""
+    assert torch.equal(*updated((29, 190), kind, dtype, choose, probes=3))
 
 
 def test_update_of_a_block_larger_than_the_noise(choose):

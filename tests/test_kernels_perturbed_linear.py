@@ -19,7 +19,7 @@ from tinyft.kernels.perturbed_linear import (
     Direction,
     perturbed_linear,
     perturbed_linear_ref,
-    subtract_direction_,
+    subtract_directions_,
 )
 from tinyft.rounding import NOISE_SIZE, rounding_noise
 from tinyft.zeroth.directions import make_directions
@@ -28,12 +28,12 @@ from tinyft.zeroth.update import update_
 SEED, STEP, PROBE, T = 2**63 + 11, 5, 3, 2
 
 
-def draw(kind: str, rows: int, cols: int):
-    return make_directions(kind, [(1, 1)] * T + [(rows, cols)], SEED, DEVICE).draw(STEP, PROBE)
+def draw(kind: str, rows: int, cols: int, step: int = STEP, probe: int = PROBE):
+    return make_directions(kind, [(1, 1)] * T + [(rows, cols)], SEED, DEVICE).draw(step, probe)
 
 
-def direction(kind: str) -> Direction:
-    return Direction(kind, SEED, T, STEP, PROBE)
+def direction(kind: str, step: int = STEP, probe: int = PROBE) -> Direction:
+    return Direction(kind, SEED, T, step, probe)
 
 
 def formed(x: Tensor, w: Tensor, z: Tensor, scales: tuple[float, ...], b: Tensor | None) -> Tensor:
@@ -142,22 +142,28 @@ def test_unknown_kinds_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_update(impl, dtype, kind, rounding):
+@pytest.mark.parametrize("factors", [(3e-3,), (3e-3, -1e-3, 5e-2)], ids=len)
+def test_update(impl, dtype, kind, rounding, factors):
     """The bits of MeZO's own update, decay included; a Gaussian's product may be fused there."""
-    rows, cols, start, c, decay = 29, 131, 7, 3e-3, 1e-2
-    whole = draw(kind, rows, cols)
+    rows, cols, start, decay = 29, 131, 7, 1e-2
+    names = [(STEP - 1, PROBE + 2), (STEP - 1, PROBE), (STEP, PROBE)][-len(factors) :]
+    terms = [(direction(kind, *name), c) for name, c in zip(names, factors, strict=True)]
     expected = random(rows, cols, seed=4).to(dtype)
     w = expected[start:].clone()
     skipped = [torch.zeros(1, 1, dtype=dtype, device=DEVICE)] * T
-    update_([*skipped, expected], [(whole, c)], decay=decay, rounding=rounding)
+    whole = [(draw(kind, rows, cols, *name), c) for name, c in zip(names, factors, strict=True)]
+    update_([*skipped, expected], whole, decay=decay, rounding=rounding)
     dither = rounding_noise(SEED, STEP, DEVICE) if rounding == "stochastic" else None
     offset = (T * 40503 + start * cols) % NOISE_SIZE
     options = dict(decay=decay, start=start, dither=dither, offset=offset)
-    assert subtract_direction_(w, direction(kind), c, impl=impl, **options) is w
+    assert subtract_directions_(w, terms, impl=impl, **options) is w
     if kind != "gaussian":
         assert torch.equal(w, expected[start:])
     else:
-        step = torch.finfo(dtype).eps * expected[start:].abs()
+        # Each term may be rounded another way; a sum on the way is larger by what follows it.
+        later = [c * drawn.dense(T)[start:] for drawn, c in whole[1:]]
+        largest = expected[start:].abs() + sum(z.abs() for z in later)
+        step = len(factors) * torch.finfo(dtype).eps * largest
         assert ((w.float() - expected[start:].float()).abs() <= step).all()
 
 
@@ -167,5 +173,5 @@ def test_update_steps_by_c_in_float32(impl):
     w = random(40, 300, seed=5).float()
     z = draw("gaussian", 40, 300).dense(T).double()
     exact = w.double() - 0.01 * z
-    found = subtract_direction_(w.clone(), direction("gaussian"), 0.01, impl=impl)
+    found = subtract_directions_(w.clone(), [(direction("gaussian"), 0.01)], impl=impl)
     assert_as_good_as(found, w - 0.01 * z.float(), exact, atol=0)

@@ -53,8 +53,8 @@ def test_perturbed_layers(kind, dtype):
         call = partial(run, x, weight(bits, dtype), z, SCALES, None)
         assert found.bytes == launched_bytes(call)
     w, dither = weight(16, dtype), empty(1 << 16, dtype=torch.int32)
-    call = partial(gpu.subtract_, w, z, 1e-3, 1.0, 0, dither, 0)
-    found = traffic.subtract_direction(kind, OUT, COLS, dtype.itemsize)
+    call = partial(gpu.subtract_, w, [(z, 1e-3)], 1.0, 0, dither, 0)
+    found = traffic.subtract_directions(kind, OUT, COLS, dtype.itemsize)
     assert found.bytes == launched_bytes(call, twice=[w])
 
 

@@ -119,7 +119,7 @@ def test_a_run_leaves_a_model_a_report_and_a_plot(configured, tmp_path, method):
     ran = "; ".join(f"{op} in {what}" for op, what in sorted(report["kernels"].items()))
     assert said == ([f"kernels: {ran}"] if ran else [])
     if method == "mezo":
-        assert {"perturbed_linear", "subtract_direction_"} <= report["kernels"].keys()
+        assert {"perturbed_linear", "subtract_directions_"} <= report["kernels"].keys()
     assert [step.step for step in notes.steps] == [1, 2, 3, 4]
     assert (out / "loss.png").read_bytes().startswith(PNG)
     assert TrainConfig.build(tinyft.config.read_yaml(out / "config.yaml")).flat() == {

@@ -7,6 +7,7 @@ products follow. Programs that share a tile of W are neighbours, so that it come
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ from tinyft.kernels.gpu.philox import (
 
 if TYPE_CHECKING:
     from tinyft.kernels.packed import Weight
-    from tinyft.kernels.perturbed_linear import Direction
+    from tinyft.kernels.perturbed_linear import Direction, Terms
 
 RANK1 = tl.constexpr(2)
 HADAMARD = tl.constexpr(3)
@@ -161,27 +162,33 @@ def structured_kernel(
 
 @triton.jit(do_not_specialize=[*SCALARS, "left", "right", "start", "offset"])
 def subtract_kernel(
-    w, dither, table, n, cols, start, blocks_per_row, c, shrink, offset,
-    key0, key1, tensor, step, stream, left, right,
+    w, dither, table, counters, factors, count, n, cols, start, blocks_per_row, shrink, offset,
+    key0, key1, tensor,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """w = shrink w - c Z[start:], `(n, cols)`; see `subtract_direction_` for the rounding."""
+    """w = shrink w - sum_k c_k Z_k[start:], `(n, cols)`; see `subtract_directions_` for the
+    rounding. `counters` `(count, 4)` int32: step and streams of each Z; `factors` `(count,)`: c."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
-    if KIND == RANK1 or KIND == HADAMARD:
-        u = sign_vector(start + tl.program_id(0) * ROWS, key0, key1, tensor, step, left, ROWS)
-        z = u[:, None] * sign_vector(first, key0, key1, tensor, step, right, COLUMNS)[None, :]
-        if KIND == HADAMARD:
-            z *= hadamard_sign((start + at)[:, None] & (first + tl.arange(0, COLUMNS))[None, :])
-    else:
-        z = tile(
-            start + at, first, blocks_per_row, table, key0, key1, tensor, step, stream,
-            COLUMNS, KIND,
-        )  # fmt: skip
     column = first + tl.arange(0, COLUMNS)
     live = (at < n)[:, None] & (column < cols)[None, :]
     linear = at[:, None].to(tl.int64) * cols + column[None, :]
-    wide = tl.load(w + linear, live, 0.0).to(tl.float32) * shrink - c * z
+    wide = tl.load(w + linear, live, 0.0).to(tl.float32) * shrink
+    for k in range(count):
+        step = tl.load(counters + 4 * k)
+        if KIND == RANK1 or KIND == HADAMARD:
+            left, right = tl.load(counters + 4 * k + 2), tl.load(counters + 4 * k + 3)
+            u = sign_vector(start + tl.program_id(0) * ROWS, key0, key1, tensor, step, left, ROWS)
+            z = u[:, None] * sign_vector(first, key0, key1, tensor, step, right, COLUMNS)[None, :]
+            if KIND == HADAMARD:
+                z *= hadamard_sign((start + at)[:, None] & column[None, :])
+        else:
+            stream = tl.load(counters + 4 * k + 1)
+            z = tile(
+                start + at, first, blocks_per_row, table, key0, key1, tensor, step, stream,
+                COLUMNS, KIND,
+            )  # fmt: skip
+        wide -= tl.load(factors + k) * z
     if dither is not None:
         noise = tl.load(dither + ((linear + offset) & 0xFFFF), live, 0)
         if w.dtype.element_ty == tl.bfloat16:  # a bfloat16 is the upper half of a float32
@@ -236,22 +243,34 @@ def structured(
 
 
 def subtract_(
-    w: Tensor, z: Direction, c: float, shrink: float, start: int, dither: Tensor | None, offset: int
+    w: Tensor, terms: Terms, shrink: float, start: int, dither: Tensor | None, offset: int
 ) -> Tensor:
-    n, cols = w.shape
+    (n, cols), z = w.shape, terms[0][0]
     table = philox.table("gaussians", w.device) if z.kind == "gaussian" else w
-    streams = [signed(z.stream(role)) for role in (philox.DENSE, philox.LEFT, philox.RIGHT)]
+    counters, factors = _on(w.device, tuple((d.step, d.stream(0), float(c)) for d, c in terms))
     launch(
         subtract_kernel,
         (triton.cdiv(n, 16), triton.cdiv(cols, 128)),
-        *(w, dither if w.dtype.itemsize == 2 else None, table, n, cols, start),
-        *(-(-cols // (8 if z.kind == "gaussian" else 128)), float(c), float(shrink), offset),
-        *(*_key(z), *streams),
+        *(w, dither if w.dtype.itemsize == 2 else None, table, counters, factors, len(terms)),
+        *(n, cols, start, -(-cols // (8 if z.kind == "gaussian" else 128)), float(shrink), offset),
+        *_key(z)[:3],
         **{"ROWS": 16, "COLUMNS": 128, "KIND": CODES[z.kind]},
         num_warps=4,
         enable_fp_fusion=False,  # each term is rounded once, as torch does
     )
     return w
+
+
+@lru_cache(maxsize=1)  # the tensors of a model take the same terms, one after the other
+def _on(device: torch.device, terms: tuple[tuple[int, int, float], ...]) -> tuple[Tensor, Tensor]:
+    """Counters and factors for `subtract_kernel`, of (step, stream of role 0, c)."""
+    roles = (philox.DENSE, philox.LEFT, philox.RIGHT)
+    counters = [[signed(step), *(signed(s | role) for role in roles)] for step, s, _ in terms]
+    factors = [c for _, _, c in terms]
+    return (
+        torch.tensor(counters, dtype=torch.int32, device=device),
+        torch.tensor(factors, dtype=torch.float32, device=device),
+    )
 
 
 def _key(z: Direction) -> tuple[int, ...]:

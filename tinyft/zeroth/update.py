@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyft.kernels.dispatch import choose
-from tinyft.kernels.perturbed_linear import subtract_direction_triton_
+from tinyft.kernels.perturbed_linear import subtract_directions_triton_
 from tinyft.rounding import NOISE_SIZE, offset_of, rounding_noise, store
 from tinyft.zeroth.directions import Draw, matrix_shape
 
@@ -55,14 +55,15 @@ def update_(
         # One float32 term is a single pass however large the block is: then take the whole matrix.
         single = len(terms) == 1 and family.structured and tensor.dtype == torch.float32
         step = rows if single and shrink == 1.0 else max(1, BLOCK_ELEMENTS // cols)
-        z = terms[0][0].direction(t) if len(terms) == 1 else None
-        fused = z is not None and choose("subtract_direction_", "auto", matrix) == "triton"
+        named = [(draw.direction(t), c) for draw, c in terms]
+        fused = bool(named) and all(z is not None for z, _ in named)
+        fused = fused and choose("subtract_directions_", "auto", matrix) == "triton"
         for start in range(0, rows, step):
             block = matrix[start : start + step]
             if fused:
                 offset = _offset(t, start, block.numel())
                 options = {"decay": 1.0 - shrink, "start": start, "dither": noise, "offset": offset}
-                subtract_direction_triton_(block, z, terms[0][1], **options)
+                subtract_directions_triton_(block, named, **options)
                 continue
             w = block if block.dtype.itemsize >= 4 else block.float()
             if shrink != 1.0:
