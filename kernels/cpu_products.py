@@ -42,7 +42,7 @@ ROWS, COLUMNS, SHARED = 512, 1024, 1024
 FEW_ROWS = 2
 BATCH_ELEMENTS = 1 << 20  # of a batched product's largest operand, at a time
 HEAD_ELEMENTS = 1 << 13  # of a head whose row counts as short: 128 tokens of 64 channels
-# Multiplications of a float32 product from which on oneDNN's head start is made up for.
+# Multiplications in a float32 product from which on oneDNN makes up for MKL's earlier start.
 MANY = 1 << 20
 
 Dtypes = tuple[torch.dtype, ...]
@@ -87,16 +87,18 @@ def slow_in_mkl() -> Dtypes:
     """float32 where oneDNN's products are more than twice as fast as MKL's: on AMD's processors
     whose vectors are of 512 bits, which AVX-VNNI tells from earlier ones. On those oneDNN gained
     less than a tenth of a step (`bench/cpu_products.py --float32`)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    has = capabilities.get("avx512_f") and capabilities.get("avx_vnni")
+    has = _capabilities().get("avx512_f") and _capabilities().get("avx_vnni")
     return (torch.float32,) if has and _mkl_is_a_guest() and _has_onednn() else ()
 
 
 def _mkl_is_a_guest() -> bool:
     """Whether torch multiplies by Intel's library on another maker's processor."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions lack
-    is_intel = "Intel" in capabilities.get("cpu_name", "Intel")
+    is_intel = "Intel" in _capabilities().get("cpu_name", "Intel")
     return not is_intel and torch.backends.mkl.is_available()
+
+
+def _capabilities() -> dict[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # which older versions lack
 
 
 def _has_onednn() -> bool:
@@ -126,7 +128,7 @@ def install(
         slow_in_attention() if in_attention is None else in_attention,
         slow_in_mkl() if through_onednn is None else through_onednn,
     )
-    products, short, compiled = wanted = tuple(
+    products, short, through = wanted = tuple(
         tuple(dtype for dtype in (*_HALVES, torch.float32) if dtype in (*new, *old))
         for new, old in zip(asked, _installed, strict=True)
     )
@@ -141,7 +143,7 @@ def install(
         with warnings.catch_warnings():  # that kernels are replaced is the purpose
             warnings.simplefilter("ignore")
             for name in _PRODUCTS:
-                its = (*products, *(compiled if "bmm" not in name else ()))
+                its = (*products, *(through if "bmm" not in name else ()))
                 if its:
                     replace(name, _products, name, its)
             if products or short:
@@ -150,7 +152,7 @@ def install(
         for what, these, how in (
             (_WIDENED, products, "float32, a block at a time (this CPU has none of {})"),
             (_SHORT, short, "float32, where rows are short ({} is slower here)"),
-            (_COMPILED, compiled, "oneDNN (MKL leaves this CPU's AVX-512 alone)"),
+            (_COMPILED, through, "oneDNN (MKL leaves this CPU's AVX-512 alone)"),
         ):
             if these:
                 ran[what] = how.format(" and ".join(str(dtype)[6:] for dtype in these))
