@@ -142,6 +142,22 @@ def test_what_this_machine_draws_is_measured(job, monkeypatch):
     assert held.steps == pytest.approx(free.steps / 2, rel=0.05)
 
 
+def test_programs_of_compiled_products_are_in_the_price(job, monkeypatch):
+    """Of dtypes that this machine's oneDNN multiplies, and of no others."""
+    values = {**job, "method": "lora", "dtype": "float32", "base_bits": 16}
+    for name, n_bytes in (("_SCRATCH_BYTES", 0), ("_COMPILED_BYTES", 1000)):
+        monkeypatch.setattr(planning, name, n_bytes)  # the model is small
+    monkeypatch.setattr(planning, "anonymous_bytes", lambda: 0)  # of rows, never twice the same
+
+    def peak_bytes(*dtypes):
+        here = dataclasses.replace(machine.this_machine(), compiled_dtypes=dtypes)
+        monkeypatch.setattr(planning, "this_machine", lambda: here)
+        (verdict,) = make_plan(values, ROOMY).plan.verdicts
+        return verdict.cost.peak_memory_bytes
+
+    assert peak_bytes("bfloat16") == peak_bytes() == peak_bytes("float32") - 1000
+
+
 def test_memory_is_that_of_the_container(tmp_path):
     """Version 2, with groups above; version 1, and a path that the container does not see."""
     for folder, limit in (("", "max"), ("a", "3000"), ("a/b", "2000"), ("other", "10")):
