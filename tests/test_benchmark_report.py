@@ -307,6 +307,17 @@ def test_the_better_half_is_told_apart():
     assert charts.Quality([replace(p, values=(2.0,)) for p in points]).at(2.0) > 0.9  # all alike
 
 
+def test_of_shares_all_is_shown():
+    values = (0.93, 0.92, 0.9, 0.25, 0.15)
+    points = [
+        replace(p, before=0.17, values=(v,), metric="accuracy")
+        for p, v in zip(POINTS[-5:], values, strict=True)
+    ]
+    axis = charts.Quality(points)
+    assert not any(map(axis.beyond, (*values, 0.17)))
+    assert axis.at(0.15) < axis.at(0.17) < axis.at(0.25) < 0.2 < axis.at(0.9)
+
+
 def test_lines_join_budgets_of_one_limit():
     both = [replace(p, memory_limit_bytes=m) for p in POINTS[:3] for m in (1.0, 2.0)]
     by_flops, by_memory, _ = (cost.lines(both) for cost in charts.COSTS.values())

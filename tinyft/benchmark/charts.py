@@ -142,8 +142,9 @@ COSTS = {
 class Quality:
     """An axis of a metric on which up is better, from 0 to 1; perplexities on their logarithm.
 
-    It ends where the untrained model stands, or earlier where the better half of the points would
-    take less than a twelfth of it. What is worse (a run that diverged, say) stands below that.
+    Of shares it shows all. Of what knows no worst it ends where the untrained model stands, or
+    earlier where the better half of the points would take less than a twelfth of it; what is worse
+    (a run that diverged, say) stands below that.
 
     Attributes:
         worst, best: the metric at 0 and at 1.
@@ -165,8 +166,9 @@ class Quality:
             for sign in (1, -1)
         ]
         top = max(untrained, *ends[0])
-        span = top - min(untrained, half, *(h for h in ends[1] if h > untrained))
-        if heights[0] > max(half, untrained):
+        are_shares = self.metric in HIGHER
+        span = top - min(untrained, half, *(h for h in ends[1] if are_shares or h > untrained))
+        if heights[0] > max(half, untrained) and not are_shares:
             span = min(span, 12 * (heights[0] - half))
         pad = 0.07 * span or 0.05
         self._shown = top - span - pad
