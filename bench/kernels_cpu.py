@@ -4,11 +4,11 @@ chrt -r 20 python bench/kernels_cpu.py --out bench/results/kernels_cpu
 
 All in one process: first the ceilings (bytes/s of a large copy, FLOP/s of square products), then
 each operation, the contenders in turn, medians. "plain" is what one writes in torch without these
-kernels: torch's own generator, weights perturbed or dequantised whole, whole logits, a dense
-rotation, autograd. The least time is the larger of bytes over bandwidth and FLOPs over FLOP/s, as
-`tinyft.kernels.traffic` counts them. They are also what the Triton kernels are predicted to move
-and to compute (but that with a Hadamard direction those make a second product); their speed on a
-GPU is unmeasured. Shapes are SmolLM2-135M's: 576 wide, 1,536 inside, 49,152 tokens.
+kernels: torch's own generator and products, weights perturbed or dequantised whole, whole logits, a
+dense rotation, autograd. The least time is the larger of bytes over bandwidth and FLOPs over
+FLOP/s, as `tinyft.kernels.traffic` counts them. They are also what the Triton kernels are predicted
+to move and to compute (but that with a Hadamard direction those make a second product); their speed
+on a GPU is unmeasured. Shapes are SmolLM2-135M's: 576 wide, 1,536 inside, 49,152 tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from tinyft.kernels import philox, traffic
+from tinyft.kernels import cpu_products, philox, traffic
 from tinyft.kernels.chunked_cross_entropy import chunked_cross_entropy
 from tinyft.kernels.hadamard import split_size
 from tinyft.kernels.hadamard_quant import hadamard_quant, quantize_ref, rotate_ref
@@ -281,11 +282,15 @@ def cases() -> Iterator[Case]:
             yield from family(name, dtype)
 
 
-def medians_s(functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Of each, taken in turn; the first round is not counted."""
+def medians_s(
+    functions: Sequence[Callable[[], object]], rounds: int, is_ours: Sequence[bool] = ()
+) -> list[float]:
+    """Of each, taken in turn; the first round is not counted. Products of what is ours go the way
+    that they go in a run, all others torch's."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
-        for function, found in zip(functions, times, strict=True):
+        for function, found, ours in zip_longest(functions, times, is_ours, fillvalue=False):
+            (cpu_products.install if ours else cpu_products.remove)()
             start = time.perf_counter()
             function()
             found.append(time.perf_counter() - start)
@@ -300,7 +305,7 @@ def ceilings(rounds: int) -> tuple[float, dict[str, float]]:
     flops = {}
     for name, dtype in DTYPES.items():
         square = torch.randn(2048, 2048).to(dtype)
-        (product_s,) = medians_s([lambda square=square: square @ square], rounds)
+        (product_s,) = medians_s([lambda square=square: square @ square], rounds, (True,))
         flops[name] = 2 * 2048**3 / product_s
     return 2 * source.nbytes / copy_s, flops
 
@@ -315,7 +320,7 @@ def measure(case: Case, rounds: int, bandwidth: float, flops: dict[str, float]) 
     one_way = "both ways" not in case.operation
     functions = [case.plain, case.ours] + ([case.dense] if case.dense else [])
     functions = [without_gradients(f) if one_way else f for f in functions]
-    plain_s, ours_s, *dense = medians_s(functions, rounds)
+    plain_s, ours_s, *dense = medians_s(functions, rounds, (False, True, True)[: len(functions)])
     least_s = case.traffic.least_s(bandwidth, flops[case.dtype])
     return (
         *(case.operation, case.shape, case.dtype, case.traffic.bytes, case.traffic.flops),
