@@ -63,15 +63,24 @@ def test_gradients_take_larger_rates_on_narrower_models():
     assert build(method="lora", lr=1e-3).with_lr(wide(32)).lr == 1e-3
 
 
-def test_mezo_s_rate_falls_with_the_number_of_weights():
-    """Published ones for 5,120 channels (FZOO; MeZO's 1e-7 to 1e-6), within twice."""
+def test_mezo_s_rate_falls_with_the_width_and_the_steps():
+    """Published ones for 5,120 channels (FZOO in 20,000 steps; MeZO's 1e-7 to 1e-6), within
+    twice."""
     for estimator, published in (("centred", 5e-5), ("one-sided", 5e-5), ("two-sided", 3e-7)):
         mezo = build(method="mezo", estimator=estimator)
-        rate = mezo.with_lr(wide(5120)).lr
+        rate = mezo.with_lr(wide(5120), 20_000).lr
         assert 0.5 < rate / published < 2
-        assert mezo.with_lr(wide(2560)).lr == pytest.approx(4 * rate, rel=0.05)  # two digits
+        has_units = estimator != "two-sided"
+        factor = 2 if has_units else 4
+        narrower = mezo.with_lr(wide(2560), 20_000).lr
+        assert narrower == pytest.approx(factor * rate, rel=0.05)  # two digits
+        fewer, few = mezo.with_lr(wide(5120), 5_000).lr, mezo.with_lr(wide(5120), 10).lr
+        assert fewer == pytest.approx((2 if has_units else 1) * rate, rel=0.05)
+        assert few == mezo.with_lr(wide(5120), 80).lr == mezo.with_lr(wide(5120)).lr
         adapters = build(method="mezo", estimator=estimator, trainable="lora")
-        assert adapters.with_lr(wide(64)).lr == adapters.with_lr(wide(5120)).lr
+        assert adapters.with_lr(wide(64)).lr == adapters.with_lr(wide(5120), 200).lr
+    assert build(method="mezo", steps=320).with_lr(wide(4096)).lr == pytest.approx(3.6e-4)
+    assert build(method="mezo", steps=320).with_lr(wide(4096), 80).lr == pytest.approx(7.2e-4)
 
 
 def test_mezo_has_probes_by_its_estimator():

@@ -191,13 +191,15 @@ class TrainConfig(BaseModel):
         update = {"trainable": trainable, "epochs": epochs, "options": options}
         return self.model_copy(update=update)
 
-    def with_lr(self, model_config: Any) -> TrainConfig:
-        """With the method's rate for the model (`Optimizer.learning_rate`), if none was given."""
+    def with_lr(self, model_config: Any, steps: int | None = None) -> TrainConfig:
+        """With the method's rate for the model and for so many steps (`Optimizer.learning_rate`),
+        if none was given. Without `steps`: those of the configuration, if it says."""
         from tinyft.optim import METHODS
 
         if self.lr is not None:
             return self
-        lr = METHODS[self.method].learning_rate(self.trainable, model_config, self.options)
+        method, steps = METHODS[self.method], steps or self.steps
+        lr = method.learning_rate(self.trainable, model_config, self.options, steps)
         return self.model_copy(update={"lr": lr})
 
     def _conflicts(self, method: Any, spell: Callable[[str], str]) -> list[str]:

@@ -224,7 +224,11 @@ def _planned(
 
     def verdict(candidate: Candidate) -> Verdict | str:
         try:
-            return judge(candidate, price, judged, budget)
+            found = judge(candidate, price, judged, budget)
+            config = TrainConfig.build(found.setting.config, spell=spell)
+            lr = config.with_lr(job.outline.config, found.steps).lr
+            setting = replace(found.setting, config={**found.setting.config, "lr": lr})
+            return replace(found, setting=setting)
         except InputError as error:  # of the method, about this model or these data
             return str(error)
 
@@ -427,7 +431,7 @@ def _candidate(
         parts = [config.grad_accumulation]
 
     def setting(values: Mapping[str, Any], examples: int) -> Setting:
-        flat = TrainConfig.build({**base, **values}).with_lr(job.outline.config).flat()
+        flat = TrainConfig.build({**base, **values}).flat()
         epochs = config.epochs or 1.0
         steps = config.steps or max(1, round(epochs * -(-len(job.encoded.items) // examples)))
         return Setting(flat, steps, examples)

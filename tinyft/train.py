@@ -149,7 +149,6 @@ class _Session:
                 f"model that it was made from."
             )
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
-        config = self.config = config.with_lr(self.model.config)
         device = str(next(self.model.parameters()).device)
         if config.energy and device != "cpu":
             raise InputError(
@@ -182,6 +181,7 @@ class _Session:
             pad_id=pad_id(self.tokenizer),
         )
         self.total = config.steps or max(1, round(config.epochs * len(self.batches)))
+        config = self.config = config.with_lr(self.model.config, self.total)
         self.say_data(train, encoded)
         if self.resuming:
             self.check_length()

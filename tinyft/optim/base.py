@@ -136,7 +136,9 @@ class Optimizer(torch.optim.Optimizer):
         return options
 
     @classmethod
-    def learning_rate(cls, trainable: str, model_config: Any, options: Any) -> float:
+    def learning_rate(
+        cls, trainable: str, model_config: Any, options: Any, steps: int | None = None
+    ) -> float:
         """What to train this set of a model with, unless a rate was asked for.
 
         Adam moves every weight by about the rate, whatever its gradient; what the weights of a
@@ -150,6 +152,7 @@ class Optimizer(torch.optim.Optimizer):
             trainable: one of `default_lr`.
             model_config: transformers'.
             options: the method's own.
+            steps: of the run, if known.
         """
         power = 0.5 if trainable == "lora" else 1.0
         return for_width(cls.default_lr[trainable], model_config, power)

@@ -151,7 +151,7 @@ class MeZO(Optimizer):
     """
 
     Options = MeZOOptions
-    default_lr = {"all": 1e-4, "lora": 1e-2, "prefix": 1e-2}  # noqa: RUF012
+    default_lr = {"all": 7.2e-4, "lora": 1e-2, "prefix": 1e-2}  # noqa: RUF012
     two_sided_lr: ClassVar[Mapping[str, float]] = {"all": 4e-7, "lora": 1e-4, "prefix": 1e-2}
     uses_gradients = False
     layers_alike = True
@@ -403,14 +403,22 @@ class MeZO(Optimizer):
         return options if options.eps is not None else dataclasses.replace(options, eps=eps)
 
     @classmethod
-    def learning_rate(cls, trainable: str, model_config: Any, options: Any) -> float:
-        """Of all weights one that falls with their number, hence with the square of the width: a
-        step goes along one direction among them and adds noise along all others. Published for
-        OPT-13B's 5,120 channels: 5e-5 (FZOO, one-sided), 1e-7 to 1e-6 (two-sided); best for
-        SmolLM2-135M's 576: 3e-3 (one-sided) to 6e-3 (centred), 2e-5 (two-sided), and for its
-        adapters 1e-2 (bench/mezo_estimators.py)."""
-        rates = cls.two_sided_lr if options.estimator == "two-sided" else cls.default_lr
-        return for_width(rates[trainable], model_config, 2.0 if trainable == "all" else 0.0)
+    def learning_rate(
+        cls, trainable: str, model_config: Any, options: Any, steps: int | None = None
+    ) -> float:
+        """Of all weights one that falls with the width. Estimates in units of their spread do not
+        shrink as the model learns: their noise adds up, and the rate falls with the root of the
+        steps, too, beyond those that it was found in. SmolLM2-135M, 576 channels: 5e-3 in 83 steps,
+        at which 200 lead away and at 3.3e-3 do not (bench/LOG.md), adapters 1e-2 in up to 200; by the same
+        law OPT-13B's 5,120 channels would get 4e-5 in 20,000 steps (FZOO's published: 5e-5).
+        Two-sided ones have no such units; theirs fall with the square of the width, from 2e-5 to
+        OPT-13B's published 1e-7 to 1e-6."""
+        if options.estimator == "two-sided":
+            power = 2.0 if trainable == "all" else 0.0
+            return for_width(cls.two_sided_lr[trainable], model_config, power)
+        known = 80 if trainable == "all" else 200
+        lr = cls.default_lr[trainable] * min(1.0, (known / (steps or known)) ** 0.5)
+        return for_width(lr, model_config, 1.0 if trainable == "all" else 0.0)
 
     @classmethod
     def attach(cls, model: nn.Module, config: Any) -> MeZO:
