@@ -408,11 +408,11 @@ class MeZO(Optimizer):
     ) -> float:
         """Of all weights one that falls with the width. Estimates in units of their spread do not
         shrink as the model learns: their noise adds up, and the rate falls with the root of the
-        steps, too, beyond those that it was found in. SmolLM2-135M, 576 channels: 5e-3 in 83 steps,
-        at which 200 lead away and at 3.3e-3 do not (bench/LOG.md), adapters 1e-2 in up to 200; by the same
-        law OPT-13B's 5,120 channels would get 4e-5 in 20,000 steps (FZOO's published: 5e-5).
-        Two-sided ones have no such units; theirs fall with the square of the width, from 2e-5 to
-        OPT-13B's published 1e-7 to 1e-6."""
+        steps, too, beyond those that it was found in. SmolLM2-135M, 576 channels: 5e-3 in 83
+        steps, at which 200 lead away and at 3.3e-3 do not (`bench/RESULTS.md`), adapters 1e-2 in
+        up to 200; by the same law OPT-13B's 5,120 channels get 4e-5 in 20,000 steps (FZOO's
+        published: 5e-5). Two-sided ones have no such units; theirs fall with the square of the
+        width, from 2e-5 to OPT-13B's published 1e-7 to 1e-6."""
         if options.estimator == "two-sided":
             power = 2.0 if trainable == "all" else 0.0
             return for_width(cls.two_sided_lr[trainable], model_config, power)
