@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -283,13 +282,13 @@ def cases() -> Iterator[Case]:
 
 
 def medians_s(
-    functions: Sequence[Callable[[], object]], rounds: int, is_ours: Sequence[bool] = ()
+    functions: Sequence[Callable[[], object]], rounds: int, is_ours: Sequence[bool]
 ) -> list[float]:
     """Of each, taken in turn; the first round is not counted. Products of what is ours go the way
     that they go in a run, all others torch's."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
-        for function, found, ours in zip_longest(functions, times, is_ours, fillvalue=False):
+        for function, found, ours in zip(functions, times, is_ours, strict=True):
             (cpu_products.install if ours else cpu_products.remove)()
             start = time.perf_counter()
             function()
@@ -301,11 +300,11 @@ def ceilings(rounds: int) -> tuple[float, dict[str, float]]:
     """Bytes/s of a copy of 256 MB, and FLOP/s of products of size 2,048 by dtype."""
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
-    (copy_s,) = medians_s([lambda: target.copy_(source)], rounds)
+    (copy_s,) = medians_s([lambda: target.copy_(source)], rounds, [True])
     flops = {}
     for name, dtype in DTYPES.items():
         square = torch.randn(2048, 2048).to(dtype)
-        (product_s,) = medians_s([lambda square=square: square @ square], rounds, (True,))
+        (product_s,) = medians_s([lambda square=square: square @ square], rounds, [True])
         flops[name] = 2 * 2048**3 / product_s
     return 2 * source.nbytes / copy_s, flops
 
@@ -320,7 +319,8 @@ def measure(case: Case, rounds: int, bandwidth: float, flops: dict[str, float]) 
     one_way = "both ways" not in case.operation
     functions = [case.plain, case.ours] + ([case.dense] if case.dense else [])
     functions = [without_gradients(f) if one_way else f for f in functions]
-    plain_s, ours_s, *dense = medians_s(functions, rounds, (False, True, True)[: len(functions)])
+    is_ours = [f is not functions[0] for f in functions]
+    plain_s, ours_s, *dense = medians_s(functions, rounds, is_ours)
     least_s = case.traffic.least_s(bandwidth, flops[case.dtype])
     return (
         *(case.operation, case.shape, case.dtype, case.traffic.bytes, case.traffic.flops),

@@ -30,6 +30,7 @@ from torch import nn
 import tinyft
 from tinyft.cost import FlopCounter
 from tinyft.data import Batch
+from tinyft.kernels import cpu_products
 from tinyft.losses import check_head, objective
 from tinyft.memory import PeakMeter, resident_bytes, reuse_heap, trim
 from tinyft.sparse.schedule import write
@@ -61,6 +62,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name, step in steps.items():
+            (cpu_products.remove if name == PEFT else cpu_products.install)()
             began = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - began)
@@ -178,6 +180,7 @@ def equal(optimizer: tinyft.SparseLoRA, batch: Batch, share: float) -> dict:
 def peft_step(model: nn.Module, batch: Batch) -> Step:
     import peft
 
+    cpu_products.remove()  # torch as it comes
     config = peft.LoraConfig(
         r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -53,9 +53,10 @@ def test_perturbed_layers(kind, dtype):
         call = partial(run, x, weight(bits, dtype), z, SCALES, None)
         assert found.bytes == launched_bytes(call)
     w, dither = weight(16, dtype), empty(1 << 16, dtype=torch.int32)
-    call = partial(gpu.subtract_, w, [(z, 1e-3)], 1.0, 0, dither, 0)
-    found = traffic.subtract_directions(kind, OUT, COLS, dtype.itemsize)
-    assert found.bytes == launched_bytes(call, twice=[w])
+    for terms in ([(z, 1e-3)], [(Direction(kind, 1, 2, 3, probe), 1e-3) for probe in range(5)]):
+        call = partial(gpu.subtract_, w, terms, 1.0, 0, dither, 0)
+        found = traffic.subtract_directions(kind, OUT, COLS, dtype.itemsize, len(terms))
+        assert found.bytes == launched_bytes(call, twice=[w])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
