@@ -158,6 +158,18 @@ def test_programs_of_compiled_products_are_in_the_price(job, monkeypatch):
     assert peak_bytes("bfloat16") == peak_bytes() == peak_bytes("float32") - 1000
 
 
+def test_a_rate_is_that_of_the_steps_that_are_planned(job):
+    """Of MeZO, whose rate falls with their root; and one that was given stays."""
+    values = {**job, "method": "mezo", "trainable": "all", "dtype": "float32", "steps": 3200}
+    (free,) = make_plan(values, ROOMY).plan.verdicts
+    (held,) = make_plan({**values, "flops": f"{free.totals['flops'] / 4}"}).plan.verdicts
+    assert held.steps == pytest.approx(free.steps / 4, rel=0.01)
+    rates = [verdict.setting.config["lr"] for verdict in (free, held)]
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.05)  # two digits
+    (given,) = make_plan({**values, "lr": 1e-3}, ROOMY).plan.verdicts
+    assert given.setting.config["lr"] == 1e-3
+
+
 def test_memory_is_that_of_the_container(tmp_path):
     """Version 2, with groups above; version 1, and a path that the container does not see."""
     for folder, limit in (("", "max"), ("a", "3000"), ("a/b", "2000"), ("other", "10")):
